@@ -1,0 +1,79 @@
+"""What travels between front end and engines: a request going in, token events coming out."""
+
+from typing import Literal
+
+import msgspec
+
+from nanogpt.sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length"]
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One accepted completion request: every prompt with its n choices, and who runs which.
+
+    Choices are numbered as in the API: index = prompt_i * n + choice_j. `owners[index]` is the
+    rank that generates the choice; a rank ignores the others. `resumed[index]` are tokens that an
+    earlier incarnation already generated for the choice: they count as generated, and generation
+    goes on at position len(resumed[index]). `finished` are indices that need no more work.
+    """
+
+    request_id: str
+    model: str
+    prompts: tuple[tuple[int, ...], ...]
+    n: int
+    params: SamplingParams
+    owners: tuple[int, ...]
+    resumed: tuple[tuple[int, ...], ...] = ()
+    finished: tuple[int, ...] = ()
+    priority: int = 0  # lower runs first
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Log probabilities at one position (natural logarithm, finite, -9999.0 at the least).
+
+    `logprob` is the token's own; `top_ids` and `top_logprobs` are parallel, likeliest first.
+    """
+
+    logprob: float
+    top_ids: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
+
+
+class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """New tokens of one choice. `position` is the first token's, counted from 0 in the output.
+
+    An end token or stop token is not among `token_ids`: it shows as finish_reason "stop" only.
+    `logprobs` is parallel to `token_ids` when the request asked for them, else empty.
+    """
+
+    request_id: str
+    index: int
+    position: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache; in the first event only
+
+
+class PromptScored(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Log probabilities of prompt `prompt_i`'s tokens from its second on (echo with logprobs).
+
+    Sent by the owner of the prompt's first choice before that choice's first TokenEvent, in as
+    many parts as it likes; `position` is the prompt position of the first entry.
+    """
+
+    request_id: str
+    prompt_i: int
+    position: int
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+class RequestFailed(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """This rank gives the request up: ours to fix, never the client's fault."""
+
+    request_id: str
+    message: str
+
+
+EngineEvent = TokenEvent | PromptScored | RequestFailed
