@@ -1,0 +1,173 @@
+"""Configuration: defaults, then a TOML file, then NANOGPT_* variables, then command-line options.
+
+Everything is frozen after loading. An unknown key, option or variable is an error that names the
+nearest known one, and so is a value of the wrong type or out of range.
+"""
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from nanogpt.errors import ConfigError
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+Port = Annotated[int, Meta(ge=1, le=65535)]
+Count = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(ge=0.1, le=86400)]
+T = TypeVar("T")
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A table of the configuration file."""
+
+
+class EngineConfig(Section):
+    """Memory and batching of each model on each rank."""
+
+    kv_memory_gib: Annotated[float, Meta(ge=0)] = 0.0  # for all models of a rank; 0: planned
+    block_size: Annotated[int, Meta(ge=8, le=256)] = 16  # tokens in a block of KV
+    max_num_seqs: Annotated[int, Meta(ge=1, le=4096)] = 256  # choices that run at once
+    max_batch_tokens: Annotated[int, Meta(ge=16, le=65536)] = 512  # tokens of one step
+
+
+class ClusterConfig(Section):
+    """How ranks are watched, and brought back."""
+
+    heartbeat_s: Seconds = 1.0
+    watchdog_s: Seconds = 5.0  # a rank that is silent for so long is killed
+    stuck_s: Seconds = 300.0  # a rank whose step takes so long is killed
+    max_restarts: Annotated[int, Meta(ge=0)] = 1_000_000
+
+
+class HttpConfig(Section):
+    """The front end's limits."""
+
+    threads: Annotated[int, Meta(ge=4, le=4096)] = 640  # requests in progress at once
+    max_body_mib: Annotated[int, Meta(ge=1, le=1024)] = 8
+    drain_s: Seconds = 30.0  # SIGTERM: how long accepted requests may take to finish
+    cors_origins: tuple[str, ...] = ()
+
+
+class ServeConfig(Section):
+    """Everything that serving needs, as one frozen value."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    ranks: Count | Literal["auto"] = "auto"  # processes on this node
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    models: tuple[str, ...] = ("shakespeare-char",)  # NAME or NAME=PATH
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    nnodes: Count = 1
+    node_rank: Annotated[int, Meta(ge=0)] = 0
+    rdzv_endpoint: str = ""  # HOST:PORT of node 0, when there is more than one node
+    engine: EngineConfig = EngineConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    http: HttpConfig = HttpConfig()
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ValueError("at least one model is needed")
+        if self.nnodes > 1 and not re.fullmatch(r".+:\d+", self.rdzv_endpoint):
+            raise ValueError("nnodes > 1 needs rdzv_endpoint = HOST:PORT of the first node")
+        if self.node_rank >= self.nnodes:
+            raise ValueError(f"node_rank {self.node_rank} must be below nnodes {self.nnodes}")
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """A hint such as "; did you mean 'port'?", or nothing when no known word is close."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _check_keys(raw: Mapping[str, Any], kind: type[msgspec.Struct], where: str) -> None:
+    fields = {f.encode_name: f for f in msgspec.structs.fields(kind)}
+    for key, value in raw.items():
+        if key not in fields:
+            raise ConfigError(f"unknown key {where}{key!r}{nearest(key, list(fields))}")
+        inner = fields[key].type
+        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, Section):
+            _check_keys(value, inner, f"{where}{key}.")
+
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The file's tables. Raises ConfigError, naming the file, when it can't be read."""
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"can't read {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+
+
+def convert(raw: Mapping[str, Any], kind: type[T], source: str = "") -> T:
+    """`raw` as a `kind`; ConfigError for unknown keys, wrong types and values out of range.
+
+    Numbers may be written as strings, as environment variables and options have them.
+    """
+    prefix = f"{source}: " if source else ""
+    try:
+        if issubclass(kind, msgspec.Struct):
+            _check_keys(raw, kind, "")
+        return msgspec.convert(raw, kind, strict=False)
+    except (msgspec.ValidationError, ConfigError) as error:
+        message = str(error).replace(" - at `$.", " at `").replace(" - at `$`", "")
+        raise ConfigError(prefix + message) from error
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+# Variables that aren't configuration: they belong to set-up or to the processes themselves.
+_NOT_CONFIGURATION = {"NANOGPT_RUN_DIR", "NANOGPT_CONFIG", "NANOGPT_PYTHON"}
+
+
+def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """NANOGPT_PORT=8001, NANOGPT_ENGINE_BLOCK_SIZE=32, NANOGPT_MODEL=a,b=PATH as a raw table."""
+    names: dict[str, tuple[str, ...]] = {}
+    for field in msgspec.structs.fields(ServeConfig):
+        inner = field.type
+        if isinstance(inner, type) and issubclass(inner, Section):
+            for sub in msgspec.structs.fields(inner):
+                names[f"{field.name}_{sub.name}".upper()] = (field.name, sub.name)
+        else:
+            names["MODEL" if field.name == "models" else field.name.upper()] = (field.name,)
+    raw: dict[str, Any] = {}
+    for variable, value in environ.items():
+        if not variable.startswith("NANOGPT_") or variable in _NOT_CONFIGURATION:
+            continue
+        path = names.get(variable.removeprefix("NANOGPT_"))
+        if path is None:
+            known = [f"NANOGPT_{name}" for name in names]
+            raise ConfigError(f"unknown variable {variable}{nearest(variable, known)}")
+        is_list = path in {("models",), ("http", "cors_origins")}
+        parsed: Any = [part.strip() for part in value.split(",")] if is_list else value
+        raw = _merge(raw, {path[0]: {path[1]: parsed}} if len(path) == 2 else {path[0]: parsed})
+    return raw
+
+
+def load(
+    options: Mapping[str, Any], environ: Mapping[str, str], file: str | None = None
+) -> ServeConfig:
+    """The configuration of this process: defaults < file < environment < options."""
+    file = file or environ.get("NANOGPT_CONFIG")
+    raw: dict[str, Any] = {}
+    if file:
+        raw = read_toml(file)
+        convert(raw, ServeConfig, source=file)  # a mistake in the file is said of the file
+    merged = _merge(_merge(raw, from_environment(environ)), options)
+    return convert(merged, ServeConfig)
