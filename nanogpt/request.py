@@ -77,3 +77,18 @@ class RequestFailed(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 EngineEvent = TokenEvent | PromptScored | RequestFailed
+
+
+class EngineStats(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Counters and gauges of one model on one rank."""
+
+    model: str
+    waiting: int = 0
+    running: int = 0
+    free_blocks: int = 0
+    total_blocks: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0

@@ -1,0 +1,170 @@
+"""Everything that crosses a process border, as typed and frozen messages in msgpack.
+
+    front end ──Welcome, Submit, Cancel──► rank 0 ──Frame (broadcast)──► every rank
+    front end ◄──Hello, Alive── rank 0
+    front end ◄──RankReady, EventBatch, Beat── every rank
+
+`epoch` numbers one incarnation of the worker group as one front end knows it. The front end
+grants it in answer to Hello; whatever carries an older one is out of date and dropped.
+Sizes are bounded before decoding, so that a peer can't make a process allocate at will.
+"""
+
+from typing import Generic, TypeVar
+
+import msgspec
+
+from nanogpt.errors import NanogptError
+from nanogpt.registry import ModelInfo
+from nanogpt.request import (
+    EngineEvent,
+    EngineStats,
+    GenerateRequest,
+    PromptScored,
+    RequestFailed,
+    TokenEvent,
+)
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 64 * 2**20  # a full batch of prompts is under 20 MiB
+
+
+class ProtocolError(NanogptError):
+    """A peer sent what is not a message of this version."""
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
+    """Base of all messages: an array whose first element is the class's name."""
+
+
+# Rank 0 to the front end
+
+
+class Hello(Message, frozen=True):
+    """A worker group has loaded its models and asks for an epoch."""
+
+    version: int
+    world_size: int
+    nnodes: int
+    models: tuple[ModelInfo, ...]
+    pid: int
+
+
+class Alive(Message, frozen=True):
+    """Rank 0 is there; `epoch` is the one it believes in (0: none yet)."""
+
+    epoch: int
+
+
+# The front end to rank 0
+
+
+class Welcome(Message, frozen=True):
+    """The epoch of the group, and where its ranks send events.
+
+    `local_events` is an ipc endpoint. With several nodes there are a tcp endpoint and CURVE keys
+    (Z85 text) for ranks on other nodes: the server's public key and a client key pair.
+    """
+
+    epoch: int
+    local_events: str
+    remote_events: str = ""
+    server_key: str = ""
+    client_public: str = ""
+    client_secret: str = ""
+
+
+class Submit(Message, frozen=True):
+    epoch: int
+    request: GenerateRequest
+
+
+class Cancel(Message, frozen=True):
+    """Stop one choice of a request, or all of them when `index` is None."""
+
+    epoch: int
+    request_id: str
+    index: int | None = None
+
+
+class Introduce(Message, frozen=True):
+    """The front end doesn't know this worker group: say Hello (again)."""
+
+
+ToRankZero = Welcome | Submit | Cancel | Introduce
+FromRankZero = Hello | Alive
+
+
+class Frame(Message, frozen=True):
+    """One broadcast from rank 0: all that was queued, in order; empty as a heartbeat.
+
+    The epoch of the group changes with a Welcome among the commands.
+    """
+
+    tick: int
+    commands: tuple[Welcome | Submit | Cancel, ...] = ()
+
+
+# Every rank to the front end
+
+
+class RankReady(Message, frozen=True):
+    """This rank has joined the epoch and takes requests."""
+
+    epoch: int
+    rank: int
+    node: int
+    pid: int
+
+
+class EventBatch(Message, frozen=True):
+    """What one engine step brought forth."""
+
+    epoch: int
+    rank: int
+    tokens: tuple[TokenEvent, ...] = ()
+    scored: tuple[PromptScored, ...] = ()
+    failed: tuple[RequestFailed, ...] = ()
+
+    @classmethod
+    def of(cls, epoch: int, rank: int, events: list[EngineEvent]) -> "EventBatch":
+        def pick(kind: type) -> tuple:
+            return tuple(e for e in events if isinstance(e, kind))
+
+        return cls(epoch, rank, pick(TokenEvent), pick(PromptScored), pick(RequestFailed))
+
+
+class Beat(Message, frozen=True):
+    """Sent each second by a thread of its own: the process is alive, and how its loop is doing.
+
+    `idle_s` is the time since the engine loop last turned: it grows while a step is stuck.
+    """
+
+    epoch: int
+    rank: int
+    idle_s: float
+    stats: tuple[EngineStats, ...] = ()
+
+
+FromRank = RankReady | EventBatch | Beat
+
+M = TypeVar("M")
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    return _encoder.encode(message)
+
+
+class Decoder(Generic[M]):
+    """Decodes one union of messages, and nothing else; ProtocolError for all that isn't one."""
+
+    def __init__(self, kind: object) -> None:
+        self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(kind)
+
+    def __call__(self, data: bytes | memoryview) -> M:
+        if len(data) > MAX_MESSAGE_BYTES:
+            raise ProtocolError(f"message of {len(data)} bytes, limit {MAX_MESSAGE_BYTES}")
+        try:
+            return self._decoder.decode(data)
+        except msgspec.MsgspecError as error:
+            raise ProtocolError(f"not a message of version {PROTOCOL_VERSION}: {error}") from error
