@@ -23,7 +23,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     prompts: tuple[tuple[int, ...], ...]
     n: int
     params: SamplingParams
-    owners: tuple[int, ...]
+    owners: tuple[int, ...] = ()  # filled at placement
     resumed: tuple[tuple[int, ...], ...] = ()
     finished: tuple[int, ...] = ()
     priority: int = 0  # lower runs first

@@ -1,0 +1,334 @@
+"""The front end's view of the cluster: submit a request, follow its events.
+
+One I/O thread owns the sockets, the epoch and every handle's progress. HTTP threads talk to it
+through a deque and an eventfd. A worker group that comes (back) says Hello, gets a new epoch, and
+receives every unfinished request again together with the tokens that its choices have so far.
+"""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+import msgspec
+
+from nanogpt.cluster.handle import RequestHandle
+from nanogpt.cluster.messages import (
+    PROTOCOL_VERSION,
+    Alive,
+    Beat,
+    Cancel,
+    EventBatch,
+    FromRank,
+    Hello,
+    Introduce,
+    Message,
+    ProtocolError,
+    RankReady,
+    Submit,
+)
+from nanogpt.cluster.placement import Placement
+from nanogpt.cluster.transport import FrontEndSockets
+from nanogpt.cluster.watch import Watch
+from nanogpt.errors import ModelNotFound, Unavailable
+from nanogpt.registry import ModelInfo
+from nanogpt.request import EngineEvent, EngineStats, GenerateRequest
+from nanogpt.tokenizer import Tokenizer, load_tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class ClusterStatus(NamedTuple):
+    epoch: int  # 0: no worker group has come yet
+    ranks: int
+    ready: bool
+    draining: bool
+    detail: str
+
+
+class _Group:
+    """One incarnation of the worker group."""
+
+    def __init__(self, epoch: int, identity: bytes, hello: Hello) -> None:
+        self.epoch, self.identity, self.hello = epoch, identity, hello
+        self.joined: set[int] = set()
+        self.ready = False
+
+
+class ClusterClient:
+    """Thread-safe. `on_ready` is called from the I/O thread, once for each incarnation."""
+
+    def __init__(
+        self,
+        sockets: Callable[[], FrontEndSockets],
+        *,
+        watch: Watch,
+        max_outstanding: int = 16384,
+        on_ready: Callable[[ClusterStatus, dict[str, ModelInfo]], None] | None = None,
+        on_orphaned: Callable[[], None] | None = None,
+        owner_pid: int | None = None,
+    ) -> None:
+        self._make_sockets = sockets
+        self._watch = watch
+        self._max_outstanding = max_outstanding
+        self._on_ready = on_ready
+        self._on_orphaned = on_orphaned
+        self._owner_fd = os.pidfd_open(owner_pid) if owner_pid else None
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._calls: deque[Callable[[], None]] = deque()
+        self._lock = threading.Lock()  # placement and the number of outstanding choices
+        self._placement = Placement(1)
+        self._outstanding = 0
+        self._handles: dict[str, RequestHandle] = {}
+        self._group: _Group | None = None
+        self._last_epoch = 0
+        self._models: dict[str, ModelInfo] = {}
+        self._tokenizers: dict[str, Tokenizer] = {}
+        self._stats: dict[int, tuple[EngineStats, ...]] = {}
+        self._draining = False
+        self._stop = False
+        self._thread = threading.Thread(target=self._run, name="cluster-io", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._call(self._end)
+        self._thread.join()
+
+    # What HTTP threads may ask
+
+    def models(self) -> dict[str, ModelInfo]:
+        """Loaded models by name; empty until a worker group has come."""
+        return dict(self._models)
+
+    def tokenizer(self, model: str) -> Tokenizer:
+        """Raises ModelNotFound."""
+        try:
+            return self._tokenizers[model]
+        except KeyError:
+            raise ModelNotFound(f"the model {model!r} does not exist", param="model") from None
+
+    def ready(self) -> bool:
+        return self._group is not None and self._group.ready and not self._draining
+
+    def status(self) -> ClusterStatus:
+        group = self._group
+        ranks = group.hello.world_size if group else 0
+        if self._draining:
+            detail = "draining: no new requests are taken"
+        elif group is None:
+            detail = "the workers are starting"
+        elif not group.ready:
+            detail = f"{len(group.joined)} of {ranks} ranks have joined"
+        else:
+            detail = "ready"
+        return ClusterStatus(
+            group.epoch if group else 0, ranks, self.ready(), self._draining, detail
+        )
+
+    def stats(self) -> dict[int, tuple[EngineStats, ...]]:
+        """The latest of each rank, one entry for each of its models."""
+        return dict(self._stats)
+
+    def drain(self) -> None:
+        """Take no new requests; those that were accepted go on."""
+        self._draining = True
+
+    def submit(self, request: GenerateRequest) -> RequestHandle:
+        """Accept a request: from here on it gets every token, or one RequestFailed.
+
+        While a worker group restarts the request waits for the next one. Raises Unavailable
+        before the first group has come, while draining, and when too much is outstanding.
+        """
+        if self._draining:
+            raise Unavailable(
+                "the server is shutting down; send the request to another one or try again",
+                code="draining",
+                retry_after=5,
+            )
+        if self._group is None or not self._models:
+            raise Unavailable("the model is being loaded; try again soon", code="starting")
+        count = len(request.prompts) * request.n
+        with self._lock:
+            if self._outstanding + count > self._max_outstanding:
+                raise Unavailable(
+                    f"{self._outstanding} choices are in progress, the limit is "
+                    f"{self._max_outstanding}; try again soon"
+                )
+            self._outstanding += count
+            placement = self._placement
+            owners = placement.place(count)
+        placed = msgspec.structs.replace(request, owners=owners)
+        handle = RequestHandle(placed, placement, self._cancel)
+        self._call(lambda: self._admit(handle))
+        return handle
+
+    def _cancel(self, handle: RequestHandle, index: int | None) -> None:
+        self._call(lambda: self._apply_cancel(handle, index))
+
+    def _call(self, function: Callable[[], None]) -> None:
+        """Have the I/O thread run this."""
+        self._calls.append(function)
+        os.eventfd_write(self._wake, 1)
+
+    # The I/O thread
+
+    def _run(self) -> None:
+        self._sockets = self._make_sockets()
+        self._sockets.watch(self._wake)
+        if self._owner_fd is not None:
+            self._sockets.watch(self._owner_fd)
+        try:
+            while not self._stop:
+                self._turn(self._sockets.poll(500))
+        except BaseException:
+            # Without this thread nobody would ever be answered: end, so that the master notices.
+            log.critical("the cluster thread failed", exc_info=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            self._sockets.close()
+
+    def _turn(self, readable: set[int]) -> None:
+        if self._wake in readable:
+            os.eventfd_read(self._wake)
+        if self._owner_fd is not None and self._owner_fd in readable:
+            self._sockets.unwatch(self._owner_fd)
+            self._owner_fd = None
+            if self._on_orphaned:
+                self._on_orphaned()
+        while self._calls:
+            self._calls.popleft()()
+        try:
+            for identity, message in self._sockets.control_messages():
+                self._control(identity, message)
+            for event in self._sockets.event_messages():
+                self._event(event)
+        except ProtocolError as error:
+            log.error("dropped a message: %s", error)
+        if self._group and self._group.ready:
+            self._watch.check(time.monotonic())
+
+    def _end(self) -> None:
+        self._stop = True
+
+    def _control(self, identity: bytes, message: Hello | Alive) -> None:
+        if isinstance(message, Hello):
+            self._greet(identity, message)
+        elif self._group is None or self._group.identity != identity:
+            self._sockets.send(identity, Introduce())
+
+    def _greet(self, identity: bytes, hello: Hello) -> None:
+        if hello.version != PROTOCOL_VERSION:
+            log.error("refused workers of protocol %d, not %d", hello.version, PROTOCOL_VERSION)
+            return
+        # Larger than any epoch an earlier front end granted: the clock counts in between.
+        self._last_epoch = max(self._last_epoch + 1, int(time.time() * 1000))
+        for info in hello.models:
+            known = self._models.get(info.name)
+            if known is None or known.tokenizer != info.tokenizer:
+                self._tokenizers[info.name] = load_tokenizer(info.tokenizer)
+        self._models = {info.name: info for info in hello.models}
+        self._stats.clear()
+        self._group = _Group(self._last_epoch, identity, hello)
+        self._watch.begin()
+        log.info("epoch %d: %d ranks, pid %d", self._last_epoch, hello.world_size, hello.pid)
+        self._sockets.send(identity, self._sockets.welcome(self._last_epoch))
+
+    def _event(self, message: FromRank) -> None:
+        group = self._group
+        if group is None or message.epoch != group.epoch:
+            return  # of an incarnation that is over
+        if isinstance(message, EventBatch):
+            self._deliver(message)
+        elif isinstance(message, Beat):
+            self._watch.beat(message.rank, message.idle_s, time.monotonic())
+            self._stats[message.rank] = message.stats
+        else:
+            self._join(group, message)
+
+    def _join(self, group: _Group, message: RankReady) -> None:
+        group.joined.add(message.rank)
+        self._watch.join(message.rank, message.node, message.pid, time.monotonic())
+        if group.ready or len(group.joined) < group.hello.world_size:
+            return
+        with self._lock:
+            self._placement = Placement(group.hello.world_size)
+        group.ready = True
+        if self._handles:
+            log.info("epoch %d goes on with %d requests", group.epoch, len(self._handles))
+        for handle in list(self._handles.values()):
+            self._resume(handle)
+        if self._on_ready:
+            self._on_ready(self.status(), self.models())
+
+    def _admit(self, handle: RequestHandle) -> None:
+        self._handles[handle.request_id] = handle
+        group = self._group
+        if group is None or not group.ready:
+            return  # it is sent when the group is there
+        if handle.placement is self._placement:
+            self._submit(group, handle.request)
+        else:  # accepted just before this group came
+            self._resume(handle)
+
+    def _resume(self, handle: RequestHandle) -> None:
+        """Place what remains of a request on the present group, and send it."""
+        assert self._group is not None
+        if handle.request.model not in self._models:
+            self._release(handle, handle.fail("the model is no longer there"))
+            self._forget(handle)
+            return
+        with self._lock:
+            owners = self._placement.place(len(handle.owners), tuple(handle.finished))
+        handle.placement = self._placement
+        handle.request = msgspec.structs.replace(handle.request, owners=owners)
+        self._submit(self._group, handle.remaining())
+
+    def _submit(self, group: _Group, request: GenerateRequest) -> None:
+        self._tell(group, Submit(group.epoch, request))
+
+    def _tell(self, group: _Group, message: Message) -> None:
+        self._sockets.send(group.identity, message)
+
+    def _deliver(self, batch: EventBatch) -> None:
+        fresh: dict[str, list[EngineEvent]] = {}
+        for kind in (batch.scored, batch.tokens, batch.failed):
+            for event in kind:
+                handle = self._handles.get(event.request_id)
+                if handle is None:
+                    continue
+                accepted, finished = handle.accept(event)
+                if accepted is not None:
+                    fresh.setdefault(event.request_id, []).append(accepted)
+                self._release(handle, finished)
+        for request_id, events in fresh.items():
+            handle = self._handles[request_id]
+            handle.deliver(events)
+            if handle.done:
+                self._forget(handle)
+
+    def _apply_cancel(self, handle: RequestHandle, index: int | None) -> None:
+        if handle.request_id not in self._handles:
+            return
+        wanted = set(range(len(handle.owners))) if index is None else {index}
+        fresh = wanted - handle.finished
+        handle.finished |= fresh
+        self._release(handle, fresh)
+        if fresh and self._group and self._group.ready:
+            self._tell(self._group, Cancel(self._group.epoch, handle.request_id, index))
+        if handle.done:
+            self._forget(handle)
+
+    def _release(self, handle: RequestHandle, indices: Collection[int]) -> None:
+        if indices:
+            with self._lock:
+                handle.placement.release(handle.owners[i] for i in indices)
+                self._outstanding -= len(indices)
+
+    def _forget(self, handle: RequestHandle) -> None:
+        del self._handles[handle.request_id]

@@ -1,0 +1,134 @@
+"""An accepted request as the front end follows it."""
+
+import queue
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from nanogpt.cluster.placement import Placement
+from nanogpt.request import (
+    EngineEvent,
+    GenerateRequest,
+    PromptScored,
+    RequestFailed,
+    TokenEvent,
+)
+
+
+class RequestHandle:
+    """Events of one request for one HTTP thread, and what a new incarnation must know to go on.
+
+    The I/O thread calls `deliver`; the thread that serves the client calls `events` and `cancel`.
+    Every position of every choice is handed on exactly once, in order, whatever the ranks send:
+    what was seen before is dropped, so a restart that repeats itself can't be noticed.
+    """
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        placement: Placement,
+        cancel: Callable[["RequestHandle", int | None], None],
+    ) -> None:
+        count = len(request.prompts) * request.n
+        self.request = request
+        self.placement = placement  # where the load of its choices is counted
+        self._cancel = cancel
+        self._queue: queue.SimpleQueue[list[EngineEvent]] = queue.SimpleQueue()
+        self._generated: list[list[int]] = [[] for _ in range(count)]
+        self._scored = [0] * len(request.prompts)  # prompt log probabilities seen
+        self.finished: set[int] = set()  # also cancelled choices
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """Rank of each choice."""
+        return self.request.owners
+
+    @property
+    def done(self) -> bool:
+        return len(self.finished) == len(self._generated)
+
+    # The serving thread
+
+    def events(self, timeout: float) -> list[EngineEvent]:
+        """New events, after waiting up to `timeout` seconds for some; empty when none came."""
+        events: list[EngineEvent] = []
+        try:
+            events = self._queue.get(timeout=timeout)
+            while not self._queue.empty():
+                events = events + self._queue.get_nowait()
+        except queue.Empty:
+            pass  # timeout 0 or nothing came: an empty list says so
+        return events
+
+    def cancel(self, index: int | None = None) -> None:
+        """Stop one choice, or all: no more events of it are needed. May be called again."""
+        self._cancel(self, index)
+
+    # The I/O thread
+
+    def accept(self, event: EngineEvent) -> tuple[EngineEvent | None, Sequence[int]]:
+        """(the event as far as it is new, or None; indices of choices that it finishes)."""
+        if isinstance(event, TokenEvent):
+            return self._accept_tokens(event)
+        if isinstance(event, PromptScored):
+            return self._accept_scored(event), ()
+        open_choices = [i for i in range(len(self._generated)) if i not in self.finished]
+        self.finished.update(open_choices)
+        return event, open_choices
+
+    def _accept_tokens(self, event: TokenEvent) -> tuple[TokenEvent | None, Sequence[int]]:
+        if not 0 <= event.index < len(self._generated) or event.index in self.finished:
+            return None, ()
+        seen = self._generated[event.index]
+        if event.position != len(seen):
+            return None, ()
+        seen.extend(event.token_ids)
+        if event.finish_reason is None:
+            return event, ()
+        self.finished.add(event.index)
+        return event, (event.index,)
+
+    def _accept_scored(self, event: PromptScored) -> PromptScored | None:
+        if not 0 <= event.prompt_i < len(self._scored):
+            return None
+        # Positions count from the prompt's second token, which is the first that has a value.
+        known = self._scored[event.prompt_i] + 1 - event.position
+        if known < 0 or known >= len(event.logprobs):
+            return None
+        self._scored[event.prompt_i] += len(event.logprobs) - known
+        if known == 0:
+            return event
+        return msgspec.structs.replace(
+            event, position=event.position + known, logprobs=event.logprobs[known:]
+        )
+
+    def deliver(self, events: list[EngineEvent]) -> None:
+        self._queue.put(events)
+
+    def fail(self, message: str) -> Sequence[int]:
+        """End the request as ours to answer for. Returns the choices that were still open."""
+        event = RequestFailed(self.request_id, message)
+        _, finished = self.accept(event)
+        self.deliver([event])
+        return finished
+
+    def remaining(self) -> GenerateRequest:
+        """The request as a new incarnation gets it: with the tokens so far."""
+        changes: dict[str, Any] = {"finished": tuple(sorted(self.finished))}
+        if any(self._generated):
+            changes["resumed"] = tuple(map(tuple, self._generated))
+        params = self.request.params
+        if params.prompt_logprobs and self._all_scored():
+            changes["params"] = msgspec.structs.replace(params, prompt_logprobs=False)
+        return msgspec.structs.replace(self.request, **changes)
+
+    def _all_scored(self) -> bool:
+        return all(
+            seen >= len(prompt) - 1
+            for seen, prompt in zip(self._scored, self.request.prompts, strict=True)
+        )

@@ -1,0 +1,100 @@
+"""Notices ranks that hang, and kills them so that torchrun starts the group anew.
+
+A rank that dies is torchrun's to notice. One that is stopped, or whose step never ends, looks
+alive to torchrun; but its beats stop, or say that its loop no longer turns.
+"""
+
+import logging
+import os
+import signal
+from collections.abc import Callable
+from typing import NamedTuple
+
+log = logging.getLogger(__name__)
+
+
+class _Rank(NamedTuple):
+    node: int
+    pid: int
+    pidfd: int | None  # only of a process on this node: never the wrong one, whatever pids do
+
+
+def _open(pid: int) -> int | None:
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+
+
+def _kill(pidfd: int) -> None:
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except ProcessLookupError:
+        log.debug("the process was gone already")
+
+
+class Watch:
+    """Beats of the ranks of one epoch. Times are monotonic seconds, given by the caller."""
+
+    def __init__(
+        self,
+        *,
+        watchdog_s: float,
+        stuck_s: float,
+        node: int = 0,
+        open_pid: Callable[[int], int | None] = _open,
+        kill: Callable[[int], None] = _kill,
+    ) -> None:
+        self._watchdog_s, self._stuck_s, self._node = watchdog_s, stuck_s, node
+        self._open_pid, self._kill = open_pid, kill
+        self._ranks: dict[int, _Rank] = {}
+        self._heard: dict[int, float] = {}
+        self._idle: dict[int, float] = {}
+        self._given_up = False
+
+    def begin(self) -> None:
+        """A new epoch: forget the ranks of the old one."""
+        for rank in self._ranks.values():
+            if rank.pidfd is not None:
+                os.close(rank.pidfd)
+        self._ranks, self._heard, self._idle = {}, {}, {}
+        self._given_up = False
+
+    def join(self, rank: int, node: int, pid: int, now: float) -> None:
+        if rank in self._ranks:
+            return
+        pidfd = self._open_pid(pid) if node == self._node else None
+        self._ranks[rank] = _Rank(node, pid, pidfd)
+        self._heard[rank] = now
+
+    def beat(self, rank: int, idle_s: float, now: float) -> None:
+        self._heard[rank] = now
+        self._idle[rank] = idle_s
+
+    def check(self, now: float) -> list[int]:
+        """Kill what hangs, once an epoch. Returns the ranks that were found hanging.
+
+        A rank on another node can't be killed from here: rank 0 is killed in its place, which
+        ends the group on every node all the same.
+        """
+        if self._given_up:
+            return []
+        hanging = [
+            rank
+            for rank, heard in self._heard.items()
+            if now - heard > self._watchdog_s or self._idle.get(rank, 0.0) > self._stuck_s
+        ]
+        for rank in hanging:
+            self._given_up = True
+            log.error(
+                "rank %d hangs (silent for %.1f s, last turn %.1f s before): killed",
+                rank,
+                now - self._heard[rank],
+                self._idle.get(rank, 0.0),
+            )
+            target = self._ranks.get(rank)
+            if target is None or target.pidfd is None:
+                target = self._ranks.get(0)
+            if target is not None and target.pidfd is not None:
+                self._kill(target.pidfd)
+        return hanging

@@ -1,0 +1,126 @@
+"""The private directory of one server: its sockets, and who is running.
+
+One directory belongs to one (user, host, port). It is made with mode 0700 and refused when
+somebody else owns it or may enter it, so ipc sockets in it need no further protection.
+"""
+
+import fcntl
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from nanogpt.errors import StartupError
+
+MAX_SOCKET_PATH = 107  # bytes: sockaddr_un.sun_path less its final NUL
+
+
+class RunDir:
+    """Paths and small facts that the processes of one server share."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._locks: list[int] = []
+
+    @classmethod
+    def open(cls, host: str, port: int) -> "RunDir":
+        """The directory of the server on host:port, made if need be. Raises StartupError."""
+        base = os.environ.get("NANOGPT_RUN_DIR")
+        if base is None:
+            parent = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+            name = host.replace(":", "_").replace("/", "_")
+            base = os.path.join(parent, f"nanogpt-{os.getuid()}-{name}-{port}")
+        path = Path(base).absolute()
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = path.lstat()
+        except OSError as error:
+            raise StartupError(
+                f"can't make the run directory {path}: {error.strerror}; "
+                "set NANOGPT_RUN_DIR to a directory of your own"
+            ) from error
+        private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
+        if status.st_uid != os.getuid() or not private:
+            raise StartupError(
+                f"run directory {path} is not private to this user (mode 0700); "
+                "remove it or set NANOGPT_RUN_DIR"
+            )
+        run_dir = cls(path)
+        if len(os.fsencode(run_dir.control.removeprefix("ipc://"))) > MAX_SOCKET_PATH:
+            raise StartupError(f"{path} is too long for a socket; set NANOGPT_RUN_DIR")
+        return run_dir
+
+    @property
+    def control(self) -> str:
+        """Endpoint between the front end and rank 0."""
+        return f"ipc://{self.path}/control.sock"
+
+    @property
+    def events(self) -> str:
+        """Endpoint to which the ranks of this node send their events."""
+        return f"ipc://{self.path}/events.sock"
+
+    # A fatal line: what makes another start pointless, such as weights that can't be read.
+
+    @property
+    def _fatal(self) -> Path:
+        return self.path / "fatal"
+
+    def set_fatal(self, message: str) -> None:
+        self._fatal.write_text(message)
+
+    def fatal(self) -> str | None:
+        try:
+            return self._fatal.read_text()
+        except FileNotFoundError:
+            return None
+
+    # The stopping mark: an operator asked for the end, so nobody restarts anything.
+
+    @property
+    def _stopping(self) -> Path:
+        return self.path / "stopping"
+
+    def set_stopping(self) -> None:
+        self._stopping.touch()
+
+    def is_stopping(self) -> bool:
+        return self._stopping.exists()
+
+    def clear_marks(self) -> None:
+        """Forget what an earlier run left."""
+        for path in (self._fatal, self._stopping):
+            path.unlink(missing_ok=True)
+
+    # Locks: held for as long as a process lives, whatever kills it.
+
+    def lock(self, name: str) -> bool:
+        """Take the lock until this process ends; False when another process holds it.
+
+        The holder's pid is in the file, for `holder`. Children don't inherit the lock.
+        """
+        fd = os.open(self.path / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return False
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        self._locks.append(fd)
+        return True
+
+    def holder(self, name: str) -> int | None:
+        """Pid of the live process that holds the lock, or None."""
+        try:
+            fd = os.open(self.path / f"{name}.lock", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = os.pread(fd, 32, 0).decode()
+            return int(text) if text.isdigit() else None
+        finally:
+            os.close(fd)
+        return None
