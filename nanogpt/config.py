@@ -133,7 +133,7 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # Variables that aren't configuration: they belong to set-up or to the processes themselves.
-_NOT_CONFIGURATION = {"NANOGPT_RUN_DIR", "NANOGPT_CONFIG", "NANOGPT_PYTHON"}
+_NOT_CONFIGURATION = {"NANOGPT_RUN_DIR", "NANOGPT_CONFIG", "NANOGPT_OWNER_PID"}
 
 
 def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:

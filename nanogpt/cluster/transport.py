@@ -10,8 +10,7 @@ the ranks through the front end's Welcome.
 
 from collections import deque
 from collections.abc import Iterator
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import zmq
 import zmq.auth.thread
@@ -230,10 +229,5 @@ class EventLink:
     def flush(self) -> None:
         self._outbox.flush()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._context.destroy(linger=LINGER_MS)

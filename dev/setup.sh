@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Set-up for ./launch.sh and ./tests/run: a virtual environment with the pinned dependencies, and
+# the C++ kernels. Does nothing, without touching the network, when it has been done before.
+#
+#   dev/setup.sh [test]     PYTHON=python3.12 chooses the interpreter (3.11 or later)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+extra=${1:-}
+venv=.venv
+
+fail() { echo "error: $*" >&2; exit 1; }
+
+# Bytecode that is compiled once makes every later start seconds faster.
+unset PYTHONDONTWRITEBYTECODE
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.11 or later is needed; install it or set PYTHON to its path"
+}
+
+if [ ! -x "$venv/bin/python" ]; then
+    python=$(find_python)
+    echo "setting up $venv with $("$python" --version)" >&2
+    "$python" -m venv "$venv" || fail "can't make a virtual environment; on Debian: apt install python3-venv"
+fi
+
+exec 9>"$venv/.lock"
+flock 9
+stamp=$(cat setup.cfg constraints.txt pyproject.toml | sha256sum | cut -c1-16)
+stamp="$venv/.installed-${extra:-run}-$stamp"
+if [ ! -e "$stamp" ]; then
+    echo "installing the pinned dependencies (once; minutes)" >&2
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+        --constraint constraints.txt --editable ".${extra:+[$extra]}" \
+        || fail "the dependencies could not be installed; see above"
+    "$venv/bin/python" -m compileall -q -j 0 nanogpt ./*.py || true
+    touch "$stamp"
+fi
+"$venv/bin/python" -m nanogpt.engine.cpu.build

@@ -1,0 +1,43 @@
+"""Each rank's heartbeat: a thread that tells the front end that the process is alive."""
+
+import threading
+import time
+from collections.abc import Callable
+
+from nanogpt.cluster.messages import Beat, Welcome
+from nanogpt.cluster.transport import EventLink
+from nanogpt.request import EngineStats
+
+
+class Heart:
+    """Beats for one epoch. The engine loop calls `turn` each time round."""
+
+    def __init__(
+        self,
+        welcome: Welcome,
+        rank: int,
+        is_local: bool,
+        interval_s: float,
+        stats: Callable[[], tuple[EngineStats, ...]],
+    ) -> None:
+        self._welcome, self._rank, self._is_local = welcome, rank, is_local
+        self._interval_s, self._stats = interval_s, stats
+        self._turned = time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
+        self._thread.start()
+
+    def turn(self) -> None:
+        self._turned = time.monotonic()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        link = EventLink(self._welcome, self._is_local)
+        while not self._stop.is_set():
+            idle_s = time.monotonic() - self._turned
+            link.send(Beat(self._welcome.epoch, self._rank, idle_s, self._stats()))
+            self._stop.wait(self._interval_s)
+        link.close()

@@ -1,0 +1,68 @@
+"""Rank 0's part: between the front end and the broadcast."""
+
+import logging
+import os
+import time
+
+from nanogpt.cluster.broadcast import Broadcast
+from nanogpt.cluster.keeper import FrontEndKeeper
+from nanogpt.cluster.messages import (
+    PROTOCOL_VERSION,
+    Alive,
+    Cancel,
+    Frame,
+    Hello,
+    Introduce,
+    Submit,
+    Welcome,
+    encode,
+)
+from nanogpt.cluster.transport import ControlLink
+from nanogpt.registry import ModelInfo
+
+log = logging.getLogger(__name__)
+
+
+class Lead:
+    """Takes what the front end says and broadcasts it; greets each new front end."""
+
+    def __init__(
+        self,
+        control: ControlLink,
+        broadcast: Broadcast,
+        keeper: FrontEndKeeper,
+        hello: Hello,
+        heartbeat_s: float,
+    ) -> None:
+        self._control, self._broadcast, self._keeper = control, broadcast, keeper
+        self._hello, self._heartbeat_s = hello, heartbeat_s
+        self._epoch = 0
+        self._tick = 0
+        self._last_beat = 0.0
+        control.send(hello)
+
+    @staticmethod
+    def hello(world_size: int, nnodes: int, models: tuple[ModelInfo, ...]) -> Hello:
+        return Hello(PROTOCOL_VERSION, world_size, nnodes, models, os.getpid())
+
+    def turn(self, timeout_ms: int) -> None:
+        """Queue for broadcast what has come, after waiting up to `timeout_ms` for something."""
+        self._keeper.ensure()
+        commands: list[Welcome | Submit | Cancel] = []
+        for message in self._control.receive(timeout_ms):
+            if isinstance(message, Introduce):
+                log.info("a new front end: saying hello again")
+                self._control.send(self._hello)
+            elif isinstance(message, Welcome):
+                self._epoch = message.epoch
+                commands.append(message)
+            elif message.epoch == self._epoch:
+                commands.append(message)
+        now = time.monotonic()
+        due = now - self._last_beat >= self._heartbeat_s
+        if due:
+            self._last_beat = now
+            self._control.send(Alive(self._epoch))
+        if commands:
+            self._tick += 1
+            self._broadcast.send(encode(Frame(self._tick, tuple(commands))))

@@ -1,0 +1,212 @@
+"""Runs one node of the cluster: checks what can be checked at once, then torchrun, until the end.
+
+This process is what the operator sees. It ends with 0 after Ctrl-C or SIGTERM, and then nothing is
+left behind; with 2 and one clear line when the cluster can't start. torchrun is started anew, with
+growing pauses, if it ends by itself.
+"""
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+
+from nanogpt import log as logging_setup
+from nanogpt import options, process, registry
+from nanogpt.cluster.keeper import LOCK
+from nanogpt.config import PROJECT, ServeConfig
+from nanogpt.errors import StartupError
+from nanogpt.rundir import RunDir
+
+log = logging.getLogger("launch")
+
+POLL_S = 0.05
+DRAIN_MARGIN_S = 5.0  # beyond drain_s, for the front end to notice and leave
+STOP_S = 5.0  # for torchrun to end its ranks; then they are killed
+MAX_PAUSE_S = 30.0
+LAUNCHER_LOCK = "launcher"
+
+
+def count_gpus(environ: Mapping[str, str]) -> int:
+    """GPUs that CUDA would see, without importing torch. 0 when there is no driver."""
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
+    return len([line for line in listed.stdout.splitlines() if line.startswith("GPU ")])
+
+
+def plan_ranks(config: ServeConfig, gpus: int) -> int:
+    """Processes on this node. Raises StartupError when there are fewer GPUs than asked for."""
+    if config.device == "cuda" and gpus == 0:
+        raise StartupError("device is cuda, but no GPU is visible here; use --device cpu")
+    use_gpus = gpus if config.device != "cpu" else 0
+    if config.ranks == "auto":
+        # On a CPU one rank with all cores reads the weights once for all its sequences.
+        return max(1, use_gpus)
+    if use_gpus and config.ranks > use_gpus:
+        raise StartupError(f"{config.ranks} ranks, but only {use_gpus} GPUs are visible here")
+    return config.ranks
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises StartupError when nothing can listen there."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise StartupError(f"host {host!r} is not an address of this machine: {error}") from error
+    family, kind, protocol, _, address = found[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            raise StartupError(
+                f"can't listen on {host}:{port}: {error.strerror}; choose another with --port"
+            ) from error
+
+
+class Torchrun:
+    """torchrun and, below it, this node's ranks."""
+
+    def __init__(self, config: ServeConfig, ranks: int, argv: Sequence[str]) -> None:
+        endpoint = config.rdzv_endpoint or "127.0.0.1:0"
+        self._command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nnodes={config.nnodes}",
+            f"--nproc-per-node={ranks}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={endpoint}",
+            "--rdzv-id=nanogpt",
+            f"--max-restarts={config.cluster.max_restarts}",
+            *([] if config.nnodes > 1 else ["--local-addr=127.0.0.1"]),
+            str(PROJECT / "rank_worker.py"),
+            *argv,
+        ]
+        self._environ = {
+            **os.environ,
+            "NANOGPT_OWNER_PID": str(os.getpid()),
+            # Without it most restarts of the group hang on stale keys in the agent's store.
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            "OMP_NUM_THREADS": os.environ.get(
+                "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks))
+            ),
+        }
+        if config.nnodes == 1:
+            self._environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        launcher = os.getpid()
+        self._process = subprocess.Popen(
+            self._command,
+            env=self._environ,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for this process to pass on
+            preexec_fn=lambda: process.die_with_parent(launcher, signal.SIGTERM),
+        )
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        assert self._process is not None
+        return self._process.poll()
+
+    def stop(self) -> None:
+        """End torchrun and its ranks; kill what does not end in time."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            log.warning("torchrun did not end in %.0f s: killed", STOP_S)
+            self._process.kill()
+            self._process.wait()
+
+
+class Launcher:
+    """The life of one node."""
+
+    def __init__(self, config: ServeConfig, run_dir: RunDir, torchrun: Torchrun) -> None:
+        self._config, self._run_dir, self._torchrun = config, run_dir, torchrun
+        self._stop_asked = False
+
+    def run(self) -> int:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask_stop)
+        process.adopt_orphans()
+        self._torchrun.start()
+        pause, started = 1.0, time.monotonic()
+        try:
+            while not self._stop_asked:
+                if self._run_dir.fatal() is not None:
+                    return 2  # the process that found it has said so on stderr
+                if self._torchrun.poll() is not None:
+                    alive_s = time.monotonic() - started
+                    pause = 1.0 if alive_s > 60 else min(2 * pause, MAX_PAUSE_S)
+                    log.error("torchrun ended: starting it again in %.0f s", pause)
+                    self._sleep(pause)
+                    self._torchrun.start()
+                    started = time.monotonic()
+                process.reap(except_pid=self._torchrun.pid)
+                time.sleep(POLL_S)
+            return 0
+        finally:
+            self._end()
+
+    def _ask_stop(self, number: int, frame: FrameType | None) -> None:
+        self._stop_asked = True
+
+    def _sleep(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not self._stop_asked and time.monotonic() < end:
+            time.sleep(POLL_S)
+
+    def _end(self) -> None:
+        """First the front end, so that accepted requests finish; then the ranks."""
+        self._run_dir.set_stopping()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        pid = self._run_dir.holder(LOCK)
+        if pid is not None:
+            drain_s = self._config.http.drain_s if self._stop_asked else 0.0
+            process.terminate(pid, drain_s + DRAIN_MARGIN_S)
+        self._torchrun.stop()
+        for pidfd in process.descendants(os.getpid()):
+            process.kill(pidfd)
+
+
+def main(argv: list[str]) -> int:
+    config = options.parse_or_exit(argv)
+    logging_setup.set_up(config.log_level, "launcher")
+    try:
+        ranks = plan_ranks(config, count_gpus(os.environ))
+        for name, source in registry.sources(config.models):
+            registry.check_source(name, source)
+        run_dir = RunDir.open(config.host, config.port)
+        if config.node_rank == 0:
+            check_port(config.host, config.port)
+        if not run_dir.lock(f"{LAUNCHER_LOCK}-{config.node_rank}"):
+            raise StartupError(f"another launcher is running on {config.host}:{config.port}")
+        run_dir.clear_marks()
+    except StartupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return Launcher(config, run_dir, Torchrun(config, ranks, argv)).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,72 @@
+"""One process for each GPU (or share of the CPU), started by torchrun.
+
+    launch.sh, or:  torchrun --nproc-per-node 4 rank_worker.py --config configs/serve/X.toml
+
+Rank 0 sees to it that a front end is there. Then every rank loads the models, joins the process
+group, and turns its loop: take commands from the broadcast, run a step of each engine, send events.
+"""
+
+import logging
+import os
+import signal
+import sys
+
+from nanogpt import log as logging_setup
+from nanogpt import options, process
+from nanogpt.cluster.keeper import FrontEndKeeper
+from nanogpt.config import ServeConfig
+from nanogpt.errors import StartupError
+from nanogpt.ranks import Ranks
+from nanogpt.rundir import RunDir
+
+log = logging.getLogger("rank_worker")
+
+
+def serve(config: ServeConfig, ranks: Ranks, run_dir: RunDir, keeper: FrontEndKeeper) -> None:
+    """Load everything, then turn the loop until a signal ends this process."""
+    # Importing torch takes two seconds; the front end starts meanwhile.
+    from nanogpt.cluster.lead import Lead
+    from nanogpt.cluster.messages import Decoder, Frame
+    from nanogpt.cluster.process_group import open_group
+    from nanogpt.cluster.rank_loop import RankLoop
+    from nanogpt.cluster.transport import ControlLink
+    from nanogpt.engine.setup import load_engines
+
+    broadcast = open_group(ranks)
+    engines = load_engines(config, ranks)
+    lead = None
+    if ranks.rank == 0:
+        hello = Lead.hello(
+            ranks.world_size, config.nnodes, tuple(engine.info for engine in engines.values())
+        )
+        control = ControlLink(run_dir.control)
+        lead = Lead(control, broadcast, keeper, hello, config.cluster.heartbeat_s)
+    loop = RankLoop(ranks, engines, broadcast, lead, Decoder(Frame), config.cluster.heartbeat_s)
+    while True:
+        loop.turn()
+
+
+def main(argv: list[str]) -> int:
+    config = options.parse_or_exit(argv)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the launcher's
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's: leave at once, whatever runs
+    try:
+        ranks = Ranks.from_environment(os.environ, config.node_rank)
+        process.die_with_parent(os.getppid())
+        process.keep_freed_memory()
+        logging_setup.set_up(config.log_level, f"rank {ranks.rank}")
+        run_dir = RunDir.open(config.host, config.port)
+        owner = int(os.environ.get("NANOGPT_OWNER_PID", os.getppid()))
+        keeper = FrontEndKeeper(run_dir, argv, owner)
+        if ranks.rank == 0:
+            keeper.ensure()
+        serve(config, ranks, run_dir, keeper)
+    except StartupError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        RunDir.open(config.host, config.port).set_fatal(str(error))
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
