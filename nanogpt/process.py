@@ -59,7 +59,10 @@ def available_memory() -> int:
     values = [_meminfo("MemAvailable")]
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
     ):
         if (bound := _number(limit)) is not None and (taken := _number(used)) is not None:
             values.append(max(0, bound - taken))

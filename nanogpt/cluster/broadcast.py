@@ -80,7 +80,9 @@ class Broadcast:
             (length,) = _HEADER.unpack(self._frame[: _HEADER.size].numpy().tobytes())
             if length > MAX_MESSAGE_BYTES:
                 raise EngineError(f"broadcast announces {length} bytes, limit {MAX_MESSAGE_BYTES}")
-            payload = self._frame[_HEADER.size : _HEADER.size + min(length, _ROOM)].numpy().tobytes()
+            payload = (
+                self._frame[_HEADER.size : _HEADER.size + min(length, _ROOM)].numpy().tobytes()
+            )
             if length > _ROOM:
                 rest = torch.empty(length - _ROOM, dtype=torch.uint8)
                 dist.broadcast(rest, src=0, group=self._group)

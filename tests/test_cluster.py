@@ -1,0 +1,397 @@
+"""The cluster's parts, without processes: messages, placement, handles, the watch, the client."""
+
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanogpt.cluster.client import ClusterClient
+from nanogpt.cluster.handle import RequestHandle
+from nanogpt.cluster.messages import (
+    MAX_MESSAGE_BYTES,
+    PROTOCOL_VERSION,
+    Alive,
+    Cancel,
+    Decoder,
+    EventBatch,
+    Frame,
+    FromRank,
+    Hello,
+    Introduce,
+    ProtocolError,
+    RankReady,
+    Submit,
+    Welcome,
+    encode,
+)
+from nanogpt.cluster.placement import Placement
+from nanogpt.cluster.transport import ControlLink, EventLink, FrontEndSockets
+from nanogpt.cluster.watch import Watch
+from nanogpt.errors import Unavailable
+from nanogpt.registry import ModelInfo, TokenizerSpec
+from nanogpt.request import (
+    GenerateRequest,
+    PromptScored,
+    RequestFailed,
+    TokenEvent,
+    TokenLogprobs,
+)
+from nanogpt.sampling_params import SamplingParams
+
+INFO = ModelInfo(
+    name="toy",
+    context_length=64,
+    vocab_size=3,
+    eos_token_id=None,
+    start_token_id=0,
+    tokenizer=TokenizerSpec(kind="char", characters="abc"),
+    dtype="float32",
+    fingerprint="00",
+    created=0,
+    num_parameters=0,
+)
+
+
+def request(n=1, prompts=((0, 1),), **params) -> GenerateRequest:
+    return GenerateRequest(
+        request_id="r1", model="toy", prompts=prompts, n=n, params=SamplingParams(seed=7, **params)
+    )
+
+
+# Messages
+
+
+def test_messages_round_trip():
+    frame = Frame(3, (Welcome(9, "ipc://x"), Submit(9, request(n=2)), Cancel(9, "r1", 1)))
+    assert Decoder(Frame)(encode(frame)) == frame
+    batch = EventBatch.of(
+        9,
+        1,
+        [
+            TokenEvent("r1", 0, 0, (1, 2), (TokenLogprobs(-0.5, (1,), (-0.5,)),) * 2, "stop", 3),
+            PromptScored("r1", 0, 1, (TokenLogprobs(-1.0, (), ()),)),
+            RequestFailed("r1", "why"),
+        ],
+    )
+    assert Decoder(FromRank)(encode(batch)) == batch
+
+
+@given(st.binary(max_size=200))
+def test_garbage_is_a_protocol_error(data):
+    with pytest.raises(ProtocolError):
+        Decoder(FromRank)(b"\xc1" + data)  # 0xc1 is never used in msgpack
+
+
+def test_message_of_another_kind_is_refused():
+    with pytest.raises(ProtocolError, match="version"):
+        Decoder(Frame)(encode(Introduce()))
+
+
+def test_oversized_message_is_refused_unread():
+    with pytest.raises(ProtocolError, match="limit"):
+        Decoder(Frame)(bytes(MAX_MESSAGE_BYTES + 1))
+
+
+# Placement
+
+
+@given(st.integers(1, 8), st.lists(st.integers(1, 40), max_size=8))
+def test_placement_is_even_and_gives_back_all(world_size, counts):
+    placement = Placement(world_size)
+    placed = [placement.place(count) for count in counts]
+    assert max(placement.load) - min(placement.load) <= 1
+    assert sum(placement.load) == sum(counts)
+    for owners in placed:
+        placement.release(owners)
+    assert placement.load == (0,) * world_size
+
+
+def test_idle_cluster_deals_choices_round():
+    assert Placement(2).place(4) == (0, 1, 0, 1)
+    assert Placement(4).place(2) == (0, 1)
+
+
+def test_finished_choices_weigh_nothing():
+    placement = Placement(2)
+    placement.place(3, finished=(0, 2))
+    assert sum(placement.load) == 1
+
+
+# Handles
+
+
+def handle_of(req: GenerateRequest) -> RequestHandle:
+    return RequestHandle(req, Placement(1), lambda handle, index: None)
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(1, 12),
+    st.lists(st.tuples(st.booleans(), st.integers(0, 12)), max_size=8),
+)
+def test_handle_passes_each_position_once_across_incarnations(n, length, incarnations):
+    """Whatever the seams: an incarnation resumes from what the handle has, or (a straggler of
+    before) repeats itself from the start; the last one finishes the work."""
+    handle = handle_of(request(n=n, max_tokens=length))
+    seen = [[] for _ in range(n)]
+    for repeats, steps in [*incarnations, (False, length)]:
+        resumed = handle.remaining().resumed or ((),) * n
+        for index in range(n):
+            at = 0 if repeats else len(resumed[index])
+            for position in range(at, min(at + steps, length)):
+                last = position == length - 1
+                event = TokenEvent(
+                    "r1", index, position, (position,), (), "length" if last else None
+                )
+                accepted, finished = handle.accept(event)
+                assert list(finished) == ([index] if accepted and last else [])
+                if accepted is not None:
+                    seen[index] += accepted.token_ids
+    assert handle.done
+    assert seen == [list(range(length))] * n
+
+
+def test_handle_trims_prompt_scores_that_overlap():
+    score = tuple(TokenLogprobs(-float(i), (), ()) for i in range(5))
+    handle = handle_of(request(prompts=((0,) * 6,), logprobs=0, prompt_logprobs=True))
+    first, _ = handle.accept(PromptScored("r1", 0, 1, score[:3]))
+    assert handle.remaining().params.prompt_logprobs
+    again, _ = handle.accept(PromptScored("r1", 0, 1, score[:3]))
+    rest, _ = handle.accept(PromptScored("r1", 0, 3, score[2:]))
+    assert first.logprobs == score[:3]
+    assert again is None
+    assert (rest.position, rest.logprobs) == (4, score[3:])
+    assert not handle.remaining().params.prompt_logprobs
+
+
+def test_failure_ends_every_open_choice():
+    handle = handle_of(request(n=3))
+    handle.accept(TokenEvent("r1", 1, 0, (0,), (), "length"))
+    assert list(handle.fail("why")) == [0, 2]
+    assert handle.done
+    assert handle.events(0) == [RequestFailed("r1", "why")]
+
+
+# The watch
+
+
+class Killed(list):
+    def watch(self) -> Watch:
+        return Watch(watchdog_s=3, stuck_s=60, open_pid=lambda pid: pid, kill=self.append)
+
+
+def test_watch_kills_a_silent_rank_once():
+    killed = Killed()
+    watch = killed.watch()
+    watch.join(0, 0, 100, now=0.0)
+    watch.join(1, 0, 101, now=0.0)
+    watch.beat(0, 0.0, now=2.0)
+    assert watch.check(now=2.9) == []
+    assert watch.check(now=3.1) == [1]
+    assert watch.check(now=9.0) == []
+    assert killed == [101]
+
+
+def test_watch_kills_a_stuck_rank_but_not_a_slow_one():
+    killed = Killed()
+    watch = killed.watch()
+    watch.join(0, 0, 100, now=0.0)
+    watch.beat(0, 59.0, now=59.0)
+    assert watch.check(now=59.1) == []
+    watch.beat(0, 61.0, now=61.0)
+    assert watch.check(now=61.1) == [0]
+    assert killed == [100]
+
+
+def test_watch_ends_the_group_for_a_rank_on_another_node():
+    killed = Killed()
+    watch = killed.watch()
+    watch.join(0, 0, 100, now=0.0)
+    watch.join(1, 1, 101, now=0.0)
+    watch.beat(0, 0.0, now=5.0)
+    assert watch.check(now=5.0) == [1]
+    assert killed == [100]
+
+
+# The client, over real sockets, with ranks that the test plays
+
+
+class Workers:
+    """Plays the worker group of `world_size` ranks."""
+
+    def __init__(self, control: str, world_size: int = 1) -> None:
+        self.world_size = world_size
+        self.control = ControlLink(control)
+        self.links: list[EventLink] = []
+        self.epoch = 0
+
+    def join(self) -> None:
+        self.control.send(Hello(PROTOCOL_VERSION, self.world_size, 1, (INFO,), 1))
+        welcome = self.receive(Welcome)
+        self.epoch = welcome.epoch
+        for rank in range(self.world_size):
+            self.links.append(EventLink(welcome, is_local=True))
+            self.links[-1].send(RankReady(self.epoch, rank, 0, 1))
+
+    def receive(self, kind):
+        """The next message, which must be of this kind."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            for message in self.control.receive(100):
+                assert isinstance(message, kind), message
+                return message
+        raise AssertionError(f"no {kind.__name__} came")
+
+    def events(self, *events, epoch=None) -> None:
+        self.links[0].send(EventBatch.of(epoch or self.epoch, 0, list(events)))
+
+    def close(self) -> None:
+        self.control.close()
+        for link in self.links:
+            link.close()
+
+
+@pytest.fixture
+def endpoints(tmp_path):
+    return f"ipc://{tmp_path}/c", f"ipc://{tmp_path}/e"
+
+
+@pytest.fixture
+def ready():
+    return threading.Semaphore(0)
+
+
+@pytest.fixture
+def client(endpoints, ready):
+    client = ClusterClient(
+        lambda: FrontEndSockets(*endpoints),
+        watch=Watch(watchdog_s=60, stuck_s=60, open_pid=lambda pid: None),
+        max_outstanding=8,
+        on_ready=lambda status, models: ready.release(),
+    )
+    client.start()
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def workers(endpoints, client, ready):
+    workers = Workers(endpoints[0])
+    workers.join()
+    assert ready.acquire(timeout=10)
+    yield workers
+    workers.close()
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_refuses_until_the_first_group_has_come(client):
+    with pytest.raises(Unavailable) as refused:
+        client.submit(request())
+    assert refused.value.code == "starting"
+    assert not client.ready()
+
+
+def test_request_and_events_pass_through(client, workers):
+    handle = client.submit(request(n=2))
+    assert workers.receive(Submit).request.owners == (0, 0)
+    token = TokenEvent("r1", 0, 0, (2,))
+    workers.events(token)
+    assert handle.events(10) == [token]
+    handle.cancel(1)
+    assert workers.receive(Cancel) == Cancel(workers.epoch, "r1", 1)
+    workers.events(TokenEvent("r1", 1, 0, (2,)), TokenEvent("r1", 0, 1, (), (), "stop"))
+    assert handle.events(10) == [TokenEvent("r1", 0, 1, (), (), "stop")]
+    assert handle.done
+
+
+def test_events_of_an_old_epoch_and_stray_positions_are_dropped(client, workers):
+    handle = client.submit(request())
+    workers.events(TokenEvent("r1", 0, 0, (1,)), epoch=workers.epoch - 1)
+    workers.events(TokenEvent("r1", 0, 5, (1,)))
+    workers.events(TokenEvent("nobody", 0, 0, (1,)))
+    workers.events(TokenEvent("r1", 0, 0, (2,)))
+    assert handle.events(10) == [TokenEvent("r1", 0, 0, (2,))]
+
+
+def test_next_group_gets_the_request_with_its_tokens(client, workers, endpoints, ready):
+    handle = client.submit(request(n=2, max_tokens=4))
+    workers.receive(Submit)
+    workers.events(TokenEvent("r1", 0, 0, (1, 2)), TokenEvent("r1", 1, 0, (), (), "stop"))
+    assert len(handle.events(10)) == 2
+    heirs = Workers(endpoints[0], world_size=2)
+    heirs.join()
+    assert ready.acquire(timeout=10)
+    resumed = heirs.receive(Submit).request
+    assert resumed.resumed == ((1, 2), ())
+    assert resumed.finished == (1,)
+    assert heirs.epoch > workers.epoch
+    workers.events(TokenEvent("r1", 0, 2, (0,)))  # too late: its epoch is over
+    heirs.events(TokenEvent("r1", 0, 2, (2, 2), (), "length"))
+    assert handle.events(10) == [TokenEvent("r1", 0, 2, (2, 2), (), "length")]
+    wait_for(lambda: client._outstanding == 0)
+    heirs.close()
+
+
+def test_unknown_workers_are_asked_to_introduce_themselves(client, endpoints):
+    control = ControlLink(endpoints[0])
+    control.send(Alive(5))
+    assert control.receive(10_000) == [Introduce()]
+    control.close()
+
+
+def test_too_much_outstanding_is_overloaded_and_recovers(client, workers):
+    handle = client.submit(request(n=8))
+    with pytest.raises(Unavailable) as refused:
+        client.submit(request())
+    assert refused.value.code == "overloaded"
+    assert refused.value.headers["Retry-After"]
+    handle.cancel()
+    wait_for(lambda: client._outstanding == 0)
+    client.submit(request())
+
+
+def test_draining_takes_nothing_new_and_finishes_the_rest(client, workers):
+    handle = client.submit(request())
+    client.drain()
+    with pytest.raises(Unavailable) as refused:
+        client.submit(request())
+    assert refused.value.code == "draining"
+    workers.events(TokenEvent("r1", 0, 0, (1,), (), "length"))
+    assert handle.events(10)
+
+
+def test_a_wrong_curve_key_connects_to_nothing(tmp_path):
+    """Events between nodes: the right key passes, another or none does not."""
+    sockets = FrontEndSockets(f"ipc://{tmp_path}/c", f"ipc://{tmp_path}/e", "127.0.0.1")
+    other = FrontEndSockets(f"ipc://{tmp_path}/c2", f"ipc://{tmp_path}/e2", "127.0.0.1")
+    right, stranger = sockets.welcome(1), other.welcome(1)
+    wrong = Welcome(
+        1,
+        "",
+        right.remote_events,
+        right.server_key,
+        stranger.client_public,
+        stranger.client_secret,
+    )
+    bad, good = EventLink(wrong, is_local=False), EventLink(right, is_local=False)
+    bad.send(RankReady(1, 1, 1, 1))
+    good.send(RankReady(1, 0, 1, 1))
+    got = []
+    deadline = time.monotonic() + 10
+    while not got and time.monotonic() < deadline:
+        sockets.poll(50)
+        got += sockets.event_messages()
+    for _ in range(10):
+        sockets.poll(50)
+        got += sockets.event_messages()
+    assert [m.rank for m in got] == [0]
+    for thing in (bad, good, sockets, other):
+        thing.close()
