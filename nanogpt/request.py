@@ -44,7 +44,9 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one choice. `position` is the first token's, counted from 0 in the output.
 
     An end token or stop token is not among `token_ids`: it shows as finish_reason "stop" only.
-    `logprobs` is parallel to `token_ids` when the request asked for them, else empty.
+    `logprobs` is parallel to `token_ids` when the request asked for them, else empty. With an
+    `end_token_id`, the end or stop token that finished the choice, it has one entry more: that
+    token's. Clients that score text (echo, max_tokens 1) rely on a value for every sampled token.
     """
 
     request_id: str
@@ -54,6 +56,7 @@ class TokenEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
     cached_tokens: int = 0  # of the prompt, found in the prefix cache; in the first event only
+    end_token_id: int | None = None  # with finish_reason "stop" and logprobs
 
 
 class PromptScored(msgspec.Struct, frozen=True, array_like=True, gc=False):
