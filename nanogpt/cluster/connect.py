@@ -1,0 +1,35 @@
+"""Opens the front end's connection to its cluster."""
+
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from nanogpt.cluster.client import ClusterClient, ClusterStatus
+from nanogpt.cluster.transport import FrontEndSockets
+from nanogpt.cluster.watch import Watch
+from nanogpt.config import ServeConfig
+from nanogpt.registry import ModelInfo
+from nanogpt.rundir import RunDir
+
+
+def connect(
+    config: ServeConfig,
+    run_dir: RunDir,
+    *,
+    owner_pid: int,
+    on_ready: Callable[[ClusterStatus, dict[str, ModelInfo]], None],
+    on_orphaned: Callable[[], None],
+) -> ClusterClient:
+    """A started client. With several nodes the ranks of the others come in over tcp, on the
+    address under which they know this node. Call after the last fork of this process."""
+    remote_host = ""
+    if config.nnodes > 1:
+        remote_host = urlsplit(f"//{config.rdzv_endpoint}").hostname or ""
+    client = ClusterClient(
+        lambda: FrontEndSockets(run_dir.control, run_dir.events, remote_host),
+        watch=Watch(watchdog_s=config.cluster.watchdog_s, stuck_s=config.cluster.stuck_s),
+        on_ready=on_ready,
+        on_orphaned=on_orphaned,
+        owner_pid=owner_pid,
+    )
+    client.start()
+    return client

@@ -1,0 +1,137 @@
+"""From configuration to engines: device, dtype, memory, models."""
+
+import gc
+import logging
+import os
+import time
+
+import torch
+
+from nanogpt import process, registry
+from nanogpt.config import ServeConfig
+from nanogpt.engine.attention import kv_bytes_per_block
+from nanogpt.engine.engine import Engine
+from nanogpt.engine.kv_cache import blocks_per_context
+from nanogpt.errors import StartupError
+from nanogpt.model.load import LoadedModel, load_model
+from nanogpt.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
+CPU_SHARE, GPU_SHARE = 0.4, 0.85  # of the memory that is free after loading, for KV
+CPU_MOST = 2 * GIB  # planned for a rank on a CPU: more would not make it faster
+
+
+def choose_device(config: ServeConfig, ranks: Ranks) -> torch.device:
+    """This rank's device. Raises StartupError when CUDA is asked for and not there."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise StartupError("device is cuda, but torch finds no usable GPU; use --device cpu")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // ranks.local_world_size))
+        return torch.device("cpu")
+    if ranks.local_rank >= torch.cuda.device_count():
+        raise StartupError(
+            f"local rank {ranks.local_rank} has no GPU of its own: "
+            f"{torch.cuda.device_count()} are visible; use fewer --ranks"
+        )
+    device = torch.device("cuda", ranks.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _cpu_has_bfloat16() -> bool:
+    with open("/proc/cpuinfo") as file:
+        flags = next((line for line in file if line.startswith("flags")), "").split()
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def choose_dtype(config: ServeConfig, device: torch.device) -> torch.dtype:
+    """What the weights are computed in: "auto" is the fastest that the device has in hardware."""
+    if config.dtype != "auto":
+        return {
+            "float32": torch.float32,
+            "bfloat16": torch.bfloat16,
+            "float16": torch.float16,
+        }[config.dtype]
+    if device.type == "cuda":
+        major, _ = torch.cuda.get_device_capability(device)
+        return torch.bfloat16 if major >= 8 else torch.float16
+    return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+
+
+def kv_budget(config: ServeConfig, ranks: Ranks, device: torch.device) -> int:
+    """Bytes of KV for all models of this rank, given what is free once they are loaded."""
+    if config.engine.kv_memory_gib:
+        return int(config.engine.kv_memory_gib * GIB)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * GPU_SHARE)
+    free = process.available_memory()
+    return min(CPU_MOST, int(free * CPU_SHARE / ranks.local_world_size))
+
+
+def load_engines(config: ServeConfig, ranks: Ranks) -> dict[str, Engine]:
+    """An engine for each configured model, warmed up. Raises StartupError."""
+    started = time.monotonic()
+    device = choose_device(config, ranks)
+    dtype = choose_dtype(config, device)
+    loaded = [
+        load_model(source, name, dtype=dtype, device=device)
+        for name, source in registry.sources(config.models)
+    ]
+    engines = _build(config, ranks, device, loaded)
+    for engine in engines.values():
+        engine.warm_up()
+    gc.collect()
+    gc.freeze()  # what is loaded stays: no need to look at it again and again
+    log.info(
+        "%s in %s on %s, %.1f s", ", ".join(engines), dtype, device, time.monotonic() - started
+    )
+    return engines
+
+
+def plan_blocks(
+    budget: int, bytes_per_context: list[int], blocks_per_context: list[int], most_contexts: int
+) -> list[int]:
+    """Blocks of KV for each model: the same number of full contexts for all, out of `budget`
+    bytes, and no more than can be in use. Raises StartupError when one context doesn't fit."""
+    contexts = min(budget / sum(bytes_per_context), most_contexts)
+    if contexts < 1:
+        raise StartupError(
+            f"too little memory: {budget / GIB:.2f} GiB are free for keys and values, one full "
+            f"context of every model takes {sum(bytes_per_context) / GIB:.2f} GiB; serve fewer "
+            "models, use a smaller dtype, or set engine.kv_memory_gib if there is more"
+        )
+    return [int(contexts * blocks) for blocks in blocks_per_context]
+
+
+def _build(
+    config: ServeConfig, ranks: Ranks, device: torch.device, loaded: list[LoadedModel]
+) -> dict[str, Engine]:
+    size = config.engine.block_size
+    shapes = [m.model.config for m in loaded]
+    dtypes = [next(m.model.parameters()).dtype for m in loaded]
+    per_context = [blocks_per_context(m.info.context_length, size) for m in loaded]
+    num_blocks = plan_blocks(
+        kv_budget(config, ranks, device),
+        [
+            count * kv_bytes_per_block(shape, size, dtype, device)
+            for count, shape, dtype in zip(per_context, shapes, dtypes, strict=True)
+        ],
+        per_context,
+        config.engine.max_num_seqs,
+    )
+    return {
+        m.info.name: Engine(
+            m,
+            rank=ranks.rank,
+            device=device,
+            num_kv_blocks=blocks,
+            block_size=size,
+            max_num_seqs=config.engine.max_num_seqs,
+            max_batch_tokens=config.engine.max_batch_tokens,
+        )
+        for m, blocks in zip(loaded, num_blocks, strict=True)
+    }

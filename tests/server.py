@@ -1,0 +1,105 @@
+"""Starts the real server, as its operator does, and stops it."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+READY_S = 120  # a busy machine may take long; a test never waits for this when all is well
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """A running ./launch.sh. `output` is all that it and its processes have printed."""
+
+    def __init__(self, *options: str, environ: dict[str, str] | None = None) -> None:
+        self.port = free_port()
+        self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [str(ROOT / "launch.sh"), "--port", str(self.port), "--device", "cpu", *options],
+            cwd=tempfile.gettempdir(),
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environ or {})},
+        )
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def output(self) -> str:
+        return Path(self._log.name).read_text(errors="replace")
+
+    def wait_for(self, pattern: str, count: int = 1) -> str:
+        """The line of output in which the pattern is found for the `count`-th time."""
+        deadline = time.monotonic() + READY_S
+        while time.monotonic() < deadline:
+            found = [line for line in self.output.splitlines() if re.search(pattern, line)]
+            if len(found) >= count:
+                return found[count - 1]
+            assert self.process.poll() is None, f"ended: {self.output}"
+            time.sleep(0.02)
+        raise AssertionError(f"no {pattern!r} in: {self.output}")
+
+    def client(self, **settings) -> openai.OpenAI:
+        defaults = {"api_key": "none", "max_retries": 0, "timeout": 60}
+        return openai.OpenAI(base_url=f"{self.url}/v1", **{**defaults, **settings})
+
+    def below(self) -> list[psutil.Process]:
+        """Every process below the launcher."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def ranks(self) -> list[psutil.Process]:
+        """The rank processes, by rank."""
+        found = {}
+        for process in self.below():
+            with contextlib.suppress(psutil.Error):
+                command = process.cmdline()
+                if any(c.endswith("rank_worker.py") for c in command[:3]):
+                    found[int(process.environ()["LOCAL_RANK"])] = process
+        return [found[rank] for rank in sorted(found)]
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Signal the launcher and wait for its end. Returns the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(60)
+
+    def close(self) -> None:
+        """Leave nothing behind, also after a test that failed."""
+        left = []
+        if self.process.poll() is None:
+            left = self.below()
+            self.process.kill()
+            self.process.wait()
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._log.close()
+
+
+@contextlib.contextmanager
+def serving(*options: str, environ: dict[str, str] | None = None) -> Iterator[Server]:
+    """A server that is ready."""
+    server = Server(*options, environ=environ)
+    try:
+        server.wait_for("^ready: ")
+        yield server
+    finally:
+        server.close()
