@@ -1,0 +1,240 @@
+"""One model on one rank: requests in, token events out.
+
+A step is three calls: schedule (what to compute), run (the network and the sampler), record
+(tokens to sequences, events to the caller). Nothing else touches sequences, so the engine needs
+no locks: it belongs to the thread that calls it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from nanogpt.engine.block_manager import BlockManager
+from nanogpt.engine.model_runner import ModelRunner, StepOutput
+from nanogpt.engine.scheduler import Batch, Scheduler
+from nanogpt.engine.sequence import Sequence, appoint_leader
+from nanogpt.engine.validation import problem_with
+from nanogpt.registry import ModelInfo
+from nanogpt.request import (
+    EngineEvent,
+    EngineStats,
+    FinishReason,
+    GenerateRequest,
+    PromptScored,
+    RequestFailed,
+    TokenEvent,
+    TokenLogprobs,
+)
+from nanogpt.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from nanogpt.model.load import LoadedModel
+
+
+class Engine:
+    """Generates this rank's choices of every request that it is given.
+
+    The KV cache has `num_kv_blocks` blocks of `block_size` tokens, enough for one full context at
+    the least (else ConfigError). A step computes at most `max_batch_tokens` tokens of at most
+    `max_num_seqs` running choices.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        rank: int,
+        device: torch.device | str,
+        num_kv_blocks: int,
+        block_size: int = 16,
+        max_num_seqs: int = 128,
+        max_batch_tokens: int = 1024,
+    ) -> None:
+        self.info: ModelInfo = loaded.info
+        self._rank = rank
+        self._blocks = BlockManager(num_kv_blocks, block_size)
+        self._scheduler = Scheduler(
+            self._blocks,
+            max_num_seqs=max_num_seqs,
+            max_batch_tokens=max_batch_tokens,
+            context_length=self.info.context_length,
+        )
+        self._runner = ModelRunner(
+            loaded,
+            device=torch.device(device),
+            num_kv_blocks=num_kv_blocks,
+            block_size=block_size,
+        )
+        self._live: dict[str, dict[int, Sequence]] = {}
+        self._events: list[EngineEvent] = []  # of choices that never ran; the next step's
+        self._arrivals = 0
+        self._num_generated = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live or self._events)
+
+    def add(self, request: GenerateRequest) -> None:
+        """Queue this rank's choices of a request. A request that can't run gets RequestFailed."""
+        problem = problem_with(
+            request, vocab_size=self.info.vocab_size, context_length=self.info.context_length
+        )
+        if request.request_id in self._live:
+            self.abort(request.request_id)
+            problem = "another request of this id is running"
+        if problem:
+            self._events.append(RequestFailed(request.request_id, f"invalid request: {problem}"))
+            return
+        for prompt_i in range(len(request.prompts)):
+            self._add_prompt(request, prompt_i)
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a choice, or all of a request, without further events. Unknown ones are fine."""
+        choices = self._live.get(request_id, {})
+        for seq in [s for s in choices.values() if index in (None, s.index)]:
+            self._forget(seq)
+        self._events = [
+            event
+            for event in self._events
+            if event.request_id != request_id
+            or (index is not None and getattr(event, "index", index) != index)
+        ]
+
+    def abort_all(self) -> None:
+        """End everything, without further events."""
+        for request_id in [*self._live]:
+            self.abort(request_id)
+        self._events.clear()
+
+    def step(self) -> list[EngineEvent]:
+        """Advance every running choice. Events are in an order that the front end can rely on: a
+        prompt's scores before its first choice's tokens, each choice's tokens by position."""
+        events, self._events = self._events, []
+        if not self._live:
+            return events
+        batch = self._scheduler.schedule()
+        output = self._runner.run(batch)
+        events += self._record(batch, output)
+        return events
+
+    def stats(self) -> EngineStats:
+        scheduler = self._scheduler
+        return EngineStats(
+            model=self.info.name,
+            waiting=sum(map(len, self._live.values())) - len(scheduler.running),
+            running=len(scheduler.running),
+            free_blocks=self._blocks.num_free,
+            total_blocks=self._blocks.num_blocks,
+            prompt_tokens=scheduler.num_prompt_tokens,
+            cached_tokens=scheduler.num_cached_tokens,
+            generated_tokens=self._num_generated,
+            preemptions=scheduler.num_preemptions,
+            steps=scheduler.num_steps,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise EngineError unless every block is free or held by a running choice."""
+        self._scheduler.check_integrity()
+
+    def warm_up(self) -> None:
+        """Pay for first calls (allocations, lazily loaded code) before a client has to."""
+        request = GenerateRequest(
+            request_id="warm-up",
+            model=self.info.name,
+            prompts=((self.info.start_token_id,),),
+            n=2,
+            params=SamplingParams(seed=0, max_tokens=min(4, self.info.context_length - 1)),
+            owners=(self._rank, self._rank),
+        )
+        self.add(request)
+        while self.has_work:
+            self.step()
+
+    # Adding
+
+    def _add_prompt(self, request: GenerateRequest, prompt_i: int) -> None:
+        """Sequences for this rank's choices of a prompt; fresh ones share its computation."""
+        fresh = []
+        for index in range(prompt_i * request.n, (prompt_i + 1) * request.n):
+            if request.owners[index] != self._rank or index in request.finished:
+                continue
+            seq = self._new_sequence(request, index)
+            if not seq.scoring and not seq.wants_token:
+                self._events.append(_token_event(seq, finish_reason="length"))
+                continue
+            self._live.setdefault(seq.request_id, {})[index] = seq
+            if seq.output_len:
+                self._scheduler.add(seq)
+            else:
+                fresh.append(seq)
+        if fresh:
+            appoint_leader(fresh)
+            self._scheduler.add(fresh[0])
+
+    def _new_sequence(self, request: GenerateRequest, index: int) -> Sequence:
+        seq = Sequence(
+            request, index, arrival=self._arrivals, context_length=self.info.context_length
+        )
+        self._arrivals += 1
+        if request.params.prompt_logprobs and not seq.choice_j and not seq.output_len:
+            seq.score_next = 1  # the first token has nothing before it
+        return seq
+
+    # Recording
+
+    def _record(self, batch: Batch, output: StepOutput) -> list[EngineEvent]:
+        events: list[EngineEvent] = []
+        for seq, logprobs in output.scores:
+            events.append(PromptScored(seq.request_id, seq.prompt_i, seq.score_next, logprobs))
+            seq.score_next += len(logprobs)
+            if not seq.scoring and not seq.wants_token:
+                events.append(self._finish(seq, "length"))
+        sampled = [seq for chunk in batch.chunks for seq in chunk.samplers]
+        for seq, token_id, entry in zip(sampled, output.token_ids, output.logprobs, strict=True):
+            events.append(self._accept(seq, token_id, entry))
+        return events
+
+    def _accept(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenEvent:
+        """Append a sampled token, or end the choice at it."""
+        if seq.stops_at(token_id, self.info.eos_token_id):
+            return self._finish(seq, "stop")
+        self._num_generated += 1
+        is_last = seq.output_len + 1 >= seq.max_new
+        event = _token_event(seq, (token_id,), logprobs, "length" if is_last else None)
+        if is_last:
+            self._forget(seq)
+        else:
+            seq.append(token_id)
+        return event
+
+    def _finish(self, seq: Sequence, reason: FinishReason) -> TokenEvent:
+        self._forget(seq)
+        return _token_event(seq, finish_reason=reason)
+
+    def _forget(self, seq: Sequence) -> None:
+        self._scheduler.finish(seq)
+        choices = self._live[seq.request_id]
+        del choices[seq.index]
+        if not choices:
+            del self._live[seq.request_id]
+        if not self._live:  # idle: a good moment to look for leaks
+            self.check_integrity()
+
+
+def _token_event(
+    seq: Sequence,
+    token_ids: tuple[int, ...] = (),
+    logprobs: TokenLogprobs | None = None,
+    finish_reason: FinishReason | None = None,
+) -> TokenEvent:
+    return TokenEvent(
+        request_id=seq.request_id,
+        index=seq.index,
+        position=seq.output_len,
+        token_ids=token_ids,
+        logprobs=() if logprobs is None else (logprobs,),
+        finish_reason=finish_reason,
+        cached_tokens=0 if seq.output_len else seq.cached_tokens or 0,
+    )

@@ -1,0 +1,90 @@
+"""What a request changes about its logits before a token is drawn: penalties, bias, bans.
+
+In this order: repetition penalty (Keskar et al., "CTRL", 2019, section 4.1, as Hugging Face and
+vLLM apply it: prompt and output), presence and frequency penalties (OpenAI: output only),
+logit bias, and no end or stop token before min_tokens.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanogpt.engine.sequence import Sequence
+from nanogpt.engine.token_counts import TokenCounts
+
+
+class LogitRules:
+    """The rules of a batch of sequences. Rows without any cost nothing; rows are independent."""
+
+    def __init__(
+        self, seqs: list[Sequence], eos_token_id: int | None, device: torch.device
+    ) -> None:
+        self._device, self._eos_token_id = device, eos_token_id
+        self._penalised = [(row, seq) for row, seq in enumerate(seqs) if _has_penalty(seq)]
+        self._biased = [(row, seq) for row, seq in enumerate(seqs) if seq.params.logit_bias]
+        self._minimum = [(row, seq) for row, seq in enumerate(seqs) if seq.params.min_tokens]
+
+    def apply(self, logits: Tensor) -> None:
+        """Change contiguous logits (B, V), in place."""
+        if self._penalised:
+            self._apply_penalties(logits)
+        if self._biased:
+            self._apply_bias(logits)
+        if self._minimum:
+            self._ban_ends(logits)
+
+    def _apply_penalties(self, logits: Tensor) -> None:
+        width, flat = logits.size(1), logits.view(-1)
+        counts = [_counts(seq) for _, seq in self._penalised]
+        sizes = [len(each.ids) for each in counts]
+        at = self._tensor(
+            np.concatenate(
+                [c.ids + row * width for c, (row, _) in zip(counts, self._penalised, strict=True)]
+            )
+        )
+        count = self._tensor(np.concatenate([c.counts for c in counts]))
+        params = [
+            (p.repetition_penalty, p.frequency_penalty, p.presence_penalty)
+            for p in (seq.params for _, seq in self._penalised)
+        ]
+        repetition, frequency, presence = self._tensor(
+            np.repeat(np.array(params, np.float32).T, sizes, axis=1)
+        )
+        value = flat[at]
+        value = torch.where(value > 0, value / repetition, value * repetition)
+        flat[at] = value - count * frequency - (count > 0) * presence
+
+    def _apply_bias(self, logits: Tensor) -> None:
+        width, flat = logits.size(1), logits.view(-1)
+        ids = [row * width + i for row, seq in self._biased for i in seq.params.logit_bias]
+        bias = [value for _, seq in self._biased for value in seq.params.logit_bias.values()]
+        at = self._tensor(np.array(ids, np.int64))
+        flat[at] += self._tensor(np.array(bias, np.float32))
+
+    def _ban_ends(self, logits: Tensor) -> None:
+        width, flat = logits.size(1), logits.view(-1)
+        banned = [
+            row * width + token_id
+            for row, seq in self._minimum
+            if seq.output_len < seq.params.min_tokens
+            for token_id in seq.end_token_ids(self._eos_token_id)
+            if token_id < width
+        ]
+        if banned:
+            flat[self._tensor(np.array(banned, np.int64))] = -torch.inf
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def _has_penalty(seq: Sequence) -> bool:
+    p = seq.params
+    return bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1)
+
+
+def _counts(seq: Sequence) -> TokenCounts:
+    """The sequence's counts, made on first use; whoever appends a token keeps them up to date."""
+    if seq.counts is None:
+        seen = seq.tokens[: seq.prompt_len] if seq.params.repetition_penalty != 1 else ()
+        seq.counts = TokenCounts(seen, seq.tokens[seq.prompt_len :])
+    return seq.counts

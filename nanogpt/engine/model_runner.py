@@ -1,0 +1,104 @@
+"""Runs a batch: packs its tokens, calls the network, has the sampled rows sampled.
+
+All chunks lie behind one another in one row of N tokens, without padding:
+
+    chunks   a5 | b0 b1 b2 b3 | c9        one decode, a prompt's start, one decode; N = 6
+    rows      0    1  2  3  4    5
+    sampled   0             4    5        only these meet the vocabulary matrix
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanogpt.engine.attention import AttentionMetadata, PagedAttend, Span, allocate_kv_cache
+from nanogpt.engine.sampler import Sampler
+from nanogpt.engine.scheduler import Batch, Chunk
+from nanogpt.engine.sequence import Sequence
+from nanogpt.request import TokenLogprobs
+
+SCORED_ROWS = 64  # rows of logits at a time when a prompt is scored: 13 MB for GPT-2
+
+if TYPE_CHECKING:
+    from nanogpt.model.load import LoadedModel
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """What a step brought forth, all of it in the order of the batch.
+
+    `token_ids` and `logprobs` are parallel to the chunks' samplers. `scores` are those of each
+    scored prompt from its sequence's `score_next` on.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
+    scores: list[tuple[Sequence, tuple[TokenLogprobs, ...]]]
+
+
+class ModelRunner:
+    """Owns the network, the KV cache and the sampler of one engine."""
+
+    def __init__(
+        self, loaded: LoadedModel, *, device: torch.device, num_kv_blocks: int, block_size: int
+    ) -> None:
+        self._model, self._device = loaded.model, device
+        config, dtype = loaded.model.config, loaded.model.wte.weight.dtype
+        self._cache = allocate_kv_cache(config, num_kv_blocks, block_size, dtype, device)
+        self._sampler = Sampler(
+            vocab_rows=config.vocab_size,
+            vocab_size=loaded.info.vocab_size,
+            eos_token_id=loaded.info.eos_token_id,
+            device=device,
+        )
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> StepOutput:
+        """Compute a batch. Whatever goes wrong here is the engine's end, not one request's."""
+        for source, target in batch.copies:
+            self._cache.copy_block(source, target)
+        hidden = self._hidden(batch.chunks)  # (N, C)
+        scores, rows, sampled, row = [], [], [], 0
+        for chunk in batch.chunks:
+            if chunk.seq.scoring:
+                scores.append((chunk.seq, self._score(hidden, chunk, row)))
+            row += chunk.end - chunk.start
+            rows += [row - 1] * len(chunk.samplers)
+            sampled += chunk.samplers
+        if not sampled:
+            return StepOutput([], [], scores)
+        logits = self._model.lm_head(hidden[self._tensor(rows)])  # (B, V)
+        token_ids, logprobs = self._sampler.sample(logits, sampled)
+        return StepOutput(token_ids, logprobs, scores)
+
+    def _hidden(self, chunks: list[Chunk]) -> Tensor:
+        tokens = [*chain.from_iterable(c.seq.tokens[c.start : c.end] for c in chunks)]
+        spans = [Span(c.start, c.end, c.seq.block_table) for c in chunks]
+        metadata = AttentionMetadata.build(spans, self._cache.block_size, self._device)
+        attend = PagedAttend(self._cache, metadata)
+        return self._model.hidden(self._tensor(tokens), metadata.positions, attend)
+
+    def _score(self, hidden: Tensor, chunk: Chunk, first_row: int) -> tuple[TokenLogprobs, ...]:
+        """Log probabilities of the chunk's prompt tokens, each from the row before it, in slices:
+        memory does not grow with the prompt."""
+        seq = chunk.seq
+        last = min(chunk.end, seq.prompt_len - 1)
+        entries: list[TokenLogprobs] = []
+        for position in range(seq.score_next, last + 1, SCORED_ROWS):
+            tokens = seq.tokens[position : min(position + SCORED_ROWS, last + 1)]
+            row = first_row + position - 1 - chunk.start
+            logits = self._model.lm_head(hidden[row : row + len(tokens)])
+            top = seq.params.logprobs or 0
+            scored = self._sampler.logprobs(logits, top=top > 0)
+            entries += scored.of(self._tensor(tokens), [top] * len(tokens))
+        return tuple(entries)
+
+    def _tensor(self, numbers: list[int]) -> Tensor:
+        tensor = torch.from_numpy(np.array(numbers, np.int64))
+        return tensor.to(self._device, non_blocking=True)

@@ -1,0 +1,146 @@
+"""Logits in, one token for each sequence out. A row's result depends on that row alone."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanogpt.engine.inverse_cdf import WIDTH, draw, draw_filtered, padded_width
+from nanogpt.engine.logit_rules import LogitRules
+from nanogpt.engine.logprobs import Logprobs
+from nanogpt.engine.sequence import Sequence
+from nanogpt.engine.uniforms import uniforms
+from nanogpt.request import TokenLogprobs
+
+MIN_TEMPERATURE = 1e-5  # below, logits / temperature could overflow; as good as greedy
+
+
+class Sampler:
+    """Samples for one model. Keeps its buffers, and what it knows of the last batch, for the next.
+
+    `vocab_rows` is the width of the logits, `vocab_size` the number of real tokens among them.
+    """
+
+    def __init__(
+        self, *, vocab_rows: int, vocab_size: int, eos_token_id: int | None, device: torch.device
+    ) -> None:
+        self._vocab_rows, self._vocab_size = vocab_rows, vocab_size
+        self._eos_token_id, self._device = eos_token_id, device
+        self._probs = torch.zeros(0, padded_width(vocab_rows), device=device)
+        self._plan = _Plan([], eos_token_id, device)
+
+    def sample(
+        self, logits: Tensor, seqs: list[Sequence]
+    ) -> tuple[list[int], list[TokenLogprobs | None]]:
+        """Tokens and, for sequences that want them, log probabilities, parallel to `seqs`.
+
+        `logits` (B, vocab_rows) are the model's own; they are overwritten.
+        """
+        plan = self._plan
+        if plan.seqs != seqs:
+            plan = self._plan = _Plan([*seqs], self._eos_token_id, self._device)
+        logits = logits.float()
+        reports = None
+        if plan.report:
+            rows = torch.tensor(plan.report, device=self._device)
+            reports = self.logprobs(logits[rows], top=any(plan.report_counts))
+        if self._vocab_size < self._vocab_rows:
+            logits[:, self._vocab_size :] = -torch.inf
+        plan.rules.apply(logits)
+        token_ids = self._choose(logits, plan)
+        logprobs: list[TokenLogprobs | None] = [None] * len(seqs)
+        if reports:
+            entries = reports.of(token_ids[rows], plan.report_counts)
+            for row, entry in zip(plan.report, entries, strict=True):
+                logprobs[row] = entry
+        return token_ids.tolist(), logprobs
+
+    def logprobs(self, logits: Tensor, *, top: bool) -> Logprobs:
+        """Log probabilities for the model's own logits (R, vocab_rows); padding is no token."""
+        return Logprobs(logits[:, : self._vocab_size].float(), top=top)
+
+    def _choose(self, logits: Tensor, plan: "_Plan") -> Tensor:
+        if len(plan.greedy) == len(logits):
+            return argmax(logits)
+        if len(plan.plain) == len(logits):
+            return draw(self._softmax(logits, plan.temperature), plan.uniforms())
+        token_ids = torch.empty(len(logits), dtype=torch.long, device=self._device)
+        uniform = plan.uniforms()
+        if plan.greedy:
+            rows = torch.tensor(plan.greedy, device=self._device)
+            token_ids[rows] = argmax(logits[rows])
+        if plan.plain:
+            rows = torch.tensor(plan.plain, device=self._device)
+            probs = self._softmax(logits[rows], plan.temperature[rows])
+            token_ids[rows] = draw(probs, uniform[rows])
+        if plan.filtered:
+            rows = torch.tensor(plan.filtered, device=self._device)
+            probs = self._softmax(logits[rows], plan.temperature[rows])[:, : self._vocab_rows]
+            token_ids[rows] = draw_filtered(
+                probs, uniform[rows], plan.top_k, plan.top_p, plan.min_p
+            )
+        return token_ids
+
+    def _softmax(self, logits: Tensor, temperature: Tensor) -> Tensor:
+        """Probabilities (B, padded width) at the rows' temperatures, in the sampler's buffer."""
+        if len(self._probs) < len(logits):
+            self._probs = torch.zeros(len(logits), self._probs.size(1), device=self._device)
+        probs = self._probs[: len(logits)]
+        logits.div_(temperature.unsqueeze(1))
+        if probs.size(1) == self._vocab_rows:
+            return torch.softmax(logits, -1, out=probs)
+        probs[:, : self._vocab_rows] = torch.softmax(logits, -1)
+        return probs
+
+
+class _Plan:
+    """What does not change while a batch consists of the same sequences."""
+
+    def __init__(
+        self, seqs: list[Sequence], eos_token_id: int | None, device: torch.device
+    ) -> None:
+        self.seqs, self._device = seqs, device
+        self.rules = LogitRules(seqs, eos_token_id, device)
+        self.report = [row for row, seq in enumerate(seqs) if seq.params.logprobs is not None]
+        self.report_counts = [seqs[row].params.logprobs or 0 for row in self.report]
+        self.greedy = [row for row, seq in enumerate(seqs) if seq.params.is_greedy]
+        random = [row for row, seq in enumerate(seqs) if not seq.params.is_greedy]
+        self.plain = [row for row in random if not _is_filtered(seqs[row])]
+        self.filtered = [row for row in random if _is_filtered(seqs[row])]
+        self.temperature = torch.tensor(
+            [max(seq.params.temperature, MIN_TEMPERATURE) for seq in seqs],
+            dtype=torch.float32,
+            device=device,
+        )
+        chosen = [seqs[row].params for row in self.filtered]
+        self.top_k = torch.tensor([p.top_k for p in chosen], dtype=torch.long, device=device)
+        self.top_p = torch.tensor([p.top_p for p in chosen], dtype=torch.float64, device=device)
+        self.min_p = torch.tensor([p.min_p for p in chosen], dtype=torch.float64, device=device)
+
+    def uniforms(self) -> Tensor:
+        """The next uniform of every row (B,), float64; 0 for greedy ones."""
+        row = np.array([_uniform(seq) for seq in self.seqs])
+        return torch.from_numpy(row).to(self._device, non_blocking=True)
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """Ids (B,) of the greatest logits, the lowest of equal ones. In two steps where the width
+    allows, since a plain maximum is vectorised on a CPU and a search for its place is not."""
+    if logits.size(1) % WIDTH:
+        return logits.argmax(-1)
+    blocks = logits.view(len(logits), -1, WIDTH)
+    block = blocks.amax(-1).argmax(-1)  # (B,)
+    rows = torch.arange(len(logits), device=logits.device)
+    return block * WIDTH + blocks[rows, block].argmax(-1)
+
+
+def _is_filtered(seq: Sequence) -> bool:
+    p = seq.params
+    return bool(p.top_k or p.top_p < 1 or p.min_p)
+
+
+def _uniform(seq: Sequence) -> float:
+    if seq.params.is_greedy:
+        return 0.0
+    if seq.uniforms is None:
+        seq.uniforms = uniforms(seq.params.seed, seq.prompt_i, seq.choice_j, seq.max_new)
+    return seq.uniforms[seq.output_len]

@@ -1,0 +1,140 @@
+"""One choice while it runs: its tokens, where its keys and values are, and what it still waits for.
+
+A sequence is the prompt plus the tokens generated so far. `num_computed` of them have keys and
+values in the cache; as soon as all of them have, the next token can be sampled:
+
+    tokens   p p p p p p p p p p o o o        len(tokens) = 13
+    cache    [. . . .][. . . .][. . . .]      block_table (blocks of 4), num_computed = 12
+                                        ^ one token to compute: a decode step
+
+The choices of one prompt start as one leader with followers: the leader computes the prompt, and
+followers take its blocks by reference when the prompt is complete (see scheduler.py).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nanogpt.request import GenerateRequest
+from nanogpt.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from nanogpt.engine.token_counts import TokenCounts
+
+
+def appoint_leader(siblings: list[Sequence]) -> None:
+    """Choices of one prompt, none of them started: the first will compute it for all."""
+    leader, *followers = siblings
+    leader.leader, leader.followers = None, followers
+    for follower in followers:
+        follower.leader = leader
+
+
+class Sequence:
+    """A choice of a request on this rank. Compared by identity; owned by the scheduler."""
+
+    __slots__ = (
+        "arrival",
+        "block_hashes",
+        "block_table",
+        "cached_tokens",
+        "choice_j",
+        "counts",
+        "followers",
+        "index",
+        "leader",
+        "max_new",
+        "num_computed",
+        "params",
+        "priority",
+        "prompt_i",
+        "prompt_len",
+        "request_id",
+        "running",
+        "score_next",
+        "step",
+        "tokens",
+        "uniforms",
+    )
+
+    def __init__(
+        self, request: GenerateRequest, index: int, *, arrival: int, context_length: int
+    ) -> None:
+        self.request_id = request.request_id
+        self.params: SamplingParams = request.params
+        self.priority = request.priority
+        self.arrival = arrival  # a number that grows with every sequence of the engine
+        self.index = index
+        self.prompt_i, self.choice_j = divmod(index, request.n)
+        prompt = request.prompts[self.prompt_i]
+        self.prompt_len = len(prompt)
+        self.tokens: list[int] = [*prompt, *(request.resumed[index] if request.resumed else ())]
+        self.max_new = min(request.params.max_tokens, context_length - self.prompt_len)
+
+        self.running = False
+        self.step = -1  # the last step that computed a part of it
+        self.num_computed = 0
+        self.block_table: list[int] = []
+        self.block_hashes: list[bytes] = []
+        self.cached_tokens: int | None = None  # of the prompt; None: not admitted yet
+        self.leader: Sequence | None = None
+        self.followers: list[Sequence] = []
+        self.score_next = self.prompt_len  # next prompt position to report log probabilities of
+        # What the sampler draws when it needs them.
+        self.uniforms: np.ndarray | None = None
+        self.counts: TokenCounts | None = None
+
+    def __repr__(self) -> str:
+        return f"<Sequence {self.request_id}[{self.index}] {self.num_computed}/{len(self.tokens)}>"
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Who goes first: lower priority, then who came first. A total order."""
+        return self.priority, self.arrival
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to compute before the next one can be sampled."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def output_len(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def scoring(self) -> bool:
+        """Log probabilities of a part of the prompt are still to be reported."""
+        return self.score_next < self.prompt_len
+
+    @property
+    def wants_token(self) -> bool:
+        return self.output_len < self.max_new
+
+    def append(self, token_id: int) -> None:
+        self.tokens.append(token_id)
+        if self.counts is not None:
+            self.counts.add(token_id)
+
+    def end_token_ids(self, eos_token_id: int | None) -> tuple[int, ...]:
+        """Tokens that end the choice and are not part of it."""
+        if eos_token_id is None or self.params.ignore_eos:
+            return self.params.stop_token_ids
+        return (eos_token_id, *self.params.stop_token_ids)
+
+    def stops_at(self, token_id: int, eos_token_id: int | None) -> bool:
+        if token_id == eos_token_id and not self.params.ignore_eos:
+            return True
+        return token_id in self.params.stop_token_ids
+
+    def hand_over(self) -> Sequence:
+        """Make the first follower the leader, with this sequence's blocks and progress."""
+        heir = self.followers[0]
+        appoint_leader(self.followers)
+        heir.running, heir.step = self.running, self.step
+        heir.num_computed, heir.block_table = self.num_computed, self.block_table
+        heir.block_hashes, heir.cached_tokens = self.block_hashes, self.cached_tokens
+        heir.score_next = self.score_next
+        self.followers, self.block_table = [], []
+        return heir

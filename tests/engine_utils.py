@@ -1,0 +1,216 @@
+"""Helpers of the engine's tests: requests, tiny models, and a runner that needs no network."""
+
+import hashlib
+from typing import Any
+from unittest.mock import patch
+
+from nanogpt.engine.engine import Engine
+from nanogpt.engine.model_runner import StepOutput
+from nanogpt.engine.scheduler import Batch
+from nanogpt.engine.sequence import Sequence
+from nanogpt.engine.uniforms import uniforms
+from nanogpt.model.gpt import GPTConfig
+from nanogpt.registry import ModelInfo, TokenizerSpec
+from nanogpt.request import (
+    EngineEvent,
+    GenerateRequest,
+    PromptScored,
+    RequestFailed,
+    TokenEvent,
+    TokenLogprobs,
+)
+from nanogpt.sampling_params import SamplingParams
+
+VOCAB_SIZE = 65
+
+
+def model_info(context_length: int = 64, eos_token_id: int | None = None) -> ModelInfo:
+    return ModelInfo(
+        name="tiny",
+        context_length=context_length,
+        vocab_size=VOCAB_SIZE,
+        eos_token_id=eos_token_id,
+        start_token_id=0,
+        tokenizer=TokenizerSpec(kind="char", characters="x" * VOCAB_SIZE),
+        dtype="float32",
+        fingerprint="00",
+        created=0,
+        num_parameters=1,
+    )
+
+
+def request(
+    request_id: str = "r",
+    *prompts: list[int],
+    n: int = 1,
+    owners: tuple[int, ...] | None = None,
+    resumed: tuple[tuple[int, ...], ...] = (),
+    finished: tuple[int, ...] = (),
+    priority: int = 0,
+    **params: Any,
+) -> GenerateRequest:
+    prompts = prompts or ([1, 2, 3],)
+    return GenerateRequest(
+        request_id=request_id,
+        model="tiny",
+        prompts=tuple(map(tuple, prompts)),
+        n=n,
+        params=SamplingParams(**{"seed": 1, **params}),
+        owners=owners or (0,) * (len(prompts) * n),
+        resumed=resumed,
+        finished=finished,
+        priority=priority,
+    )
+
+
+class FakeRunner:
+    """Stands for network, cache and sampler, and checks what the scheduler hands it.
+
+    A slot of the cache holds a digest of the whole prefix up to its token, as a real one holds
+    keys and values that depend on it. Tokens are a function of the prefix and of the uniform.
+    """
+
+    def __init__(self, loaded: Any, *, num_kv_blocks: int, block_size: int, **_: Any) -> None:
+        self.eos_token_id = loaded.info.eos_token_id
+        self.block_size = block_size
+        self.slots: list[bytes] = [b""] * (num_kv_blocks * block_size)
+        self.batches: list[Batch] = []
+
+    def run(self, batch: Batch) -> StepOutput:
+        self.batches.append(batch)
+        self._copy(batch)
+        for chunk in batch.chunks:
+            self._write(chunk.seq, chunk.start, chunk.end)
+        output = StepOutput([], [], [])
+        for chunk in batch.chunks:
+            assert chunk.start < chunk.end
+            self._check(chunk.seq, chunk.end)
+            if chunk.seq.scoring:
+                self._score(chunk.seq, chunk.start, chunk.end, output)
+            for seq in chunk.samplers:
+                assert seq.tokens == chunk.seq.tokens
+                output.token_ids.append(self._token(seq))
+                output.logprobs.append(None)
+        return output
+
+    def _copy(self, batch: Batch) -> None:
+        size = self.block_size
+        blocks = [self.slots[source * size : (source + 1) * size] for source, _ in batch.copies]
+        for (_, target), block in zip(batch.copies, blocks, strict=True):
+            self.slots[target * size : (target + 1) * size] = block
+
+    def _slot(self, seq: Sequence, position: int) -> int:
+        block, offset = divmod(position, self.block_size)
+        return seq.block_table[block] * self.block_size + offset
+
+    def _write(self, seq: Sequence, start: int, end: int) -> None:
+        for position in range(start, end):
+            self.slots[self._slot(seq, position)] = prefix_digest(seq.tokens[: position + 1])
+
+    def _check(self, seq: Sequence, end: int) -> None:
+        for position in range(end):
+            found = self.slots[self._slot(seq, position)]
+            assert found == prefix_digest(seq.tokens[: position + 1]), (seq, position)
+
+    def _score(self, seq: Sequence, start: int, end: int, output: StepOutput) -> None:
+        last = min(end, seq.prompt_len - 1)
+        assert seq.score_next > start, "a position to be scored was not computed"
+        entries = tuple(
+            TokenLogprobs(-float(seq.tokens[i]), (), ()) for i in range(seq.score_next, last + 1)
+        )
+        output.scores.append((seq, entries))
+
+    def _token(self, seq: Sequence) -> int:
+        digest = prefix_digest(seq.tokens)
+        row = uniforms(seq.params.seed, seq.prompt_i, seq.choice_j, seq.max_new)
+        return (digest[0] + int(row[seq.output_len] * 2**20)) % VOCAB_SIZE
+
+
+def prefix_digest(tokens: list[int]) -> bytes:
+    return hashlib.blake2b(repr(tokens).encode(), digest_size=8).digest()
+
+
+class FakeLoaded:
+    def __init__(self, info: ModelInfo) -> None:
+        self.info = info
+        self.config = GPTConfig(
+            block_size=info.context_length, vocab_size=VOCAB_SIZE, n_layer=1, n_head=1, n_embd=8
+        )
+
+
+def fake_engine(
+    *,
+    num_kv_blocks: int = 64,
+    block_size: int = 4,
+    max_num_seqs: int = 16,
+    max_batch_tokens: int = 32,
+    context_length: int = 64,
+    eos_token_id: int | None = None,
+    rank: int = 0,
+) -> Engine:
+    """An engine with everything but network and sampler."""
+    with patch("nanogpt.engine.engine.ModelRunner", FakeRunner):
+        return Engine(
+            FakeLoaded(model_info(context_length, eos_token_id)),
+            rank=rank,
+            device="cpu",
+            num_kv_blocks=num_kv_blocks,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_batch_tokens=max_batch_tokens,
+        )
+
+
+class Collector:
+    """Takes an engine's events as the front end does, and checks their order."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[tuple[str, int], list[int]] = {}
+        self.logprobs: dict[tuple[str, int], list[TokenLogprobs]] = {}
+        self.finish_reasons: dict[tuple[str, int], str] = {}
+        self.scores: dict[tuple[str, int], list[TokenLogprobs]] = {}
+        self.cached: dict[tuple[str, int], int] = {}
+        self.failed: dict[str, str] = {}
+
+    def expect_resumed(self, request: GenerateRequest) -> None:
+        for index, tokens in enumerate(request.resumed):
+            self.tokens[request.request_id, index] = [*tokens]
+
+    def take(self, events: list[EngineEvent]) -> None:
+        for event in events:
+            if isinstance(event, TokenEvent):
+                self._take_tokens(event)
+            elif isinstance(event, PromptScored):
+                scores = self.scores.setdefault((event.request_id, event.prompt_i), [])
+                assert event.position == len(scores) + 1
+                assert event.logprobs
+                scores += event.logprobs
+            else:
+                assert isinstance(event, RequestFailed)
+                assert event.request_id not in self.failed
+                self.failed[event.request_id] = event.message
+
+    def _take_tokens(self, event: TokenEvent) -> None:
+        key = event.request_id, event.index
+        assert key not in self.finish_reasons, f"{key} goes on after its end"
+        self.cached.setdefault(key, event.cached_tokens)
+        tokens = self.tokens.setdefault(key, [])
+        assert event.position == len(tokens)
+        tokens += event.token_ids
+        self.logprobs.setdefault(key, []).extend(event.logprobs)
+        if event.finish_reason:
+            self.finish_reasons[key] = event.finish_reason
+
+
+def run_all(engine: Engine, *requests: GenerateRequest, max_steps: int = 5000) -> Collector:
+    """Add the requests and step until nothing is left, checking integrity after every step."""
+    collector = Collector()
+    for each in requests:
+        collector.expect_resumed(each)
+        engine.add(each)
+    for _ in range(max_steps):
+        if not engine.has_work:
+            return collector
+        collector.take(engine.step())
+        engine.check_integrity()
+    raise AssertionError(f"not done after {max_steps} steps")
