@@ -1,0 +1,83 @@
+"""Where a run happens, and the model it begins with."""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from nanogpt.data.dataset import Meta
+from nanogpt.errors import ConfigError
+from nanogpt.model import checkpoint
+from nanogpt.model.gpt import GPT, GPTConfig
+from nanogpt.train.config import TrainConfig
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """Device, precision and rank of this process."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the products; parameters are float32
+    rank: int = 0
+    world_size: int = 1
+
+    def autocast(self) -> AbstractContextManager[object]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+def find_place(config: TrainConfig) -> Place:
+    """This process's place, from the configuration and torchrun's variables; joins the group."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    kind = config.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    elif kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda', but PyTorch finds no GPU: use 'auto' or 'cpu'")
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")) if kind == "cuda" else None)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return Place(device=device, dtype=_dtype(config.dtype, kind), rank=rank, world_size=world_size)
+
+
+def _dtype(name: str, device: str) -> torch.dtype:
+    if name != "auto":
+        if name == "float16" and device == "cpu":
+            raise ConfigError("float16 training needs a GPU: use 'auto', 'float32' or 'bfloat16'")
+        return getattr(torch, name)
+    if device == "cpu":
+        fast = torch.cpu._is_avx512_bf16_supported()  # elsewhere bfloat16 is emulated
+    else:
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    if fast:
+        return torch.bfloat16
+    return torch.float32 if device == "cpu" else torch.float16
+
+
+def build_model(config: TrainConfig, meta: Meta, place: Place) -> GPT:
+    """A fresh model, or the one that the recipe starts from, float32 on the device."""
+    torch.manual_seed(config.seed)
+    if config.init_from != "scratch":
+        return _start_from(config, meta, place)
+    shape = msgspec.to_builtins(config.model)
+    # GPT-2's 50257 rows are padded to a multiple of 64, for faster products.
+    rows = meta.vocab_size if meta.tokenizer.kind == "char" else -(-meta.vocab_size // 64) * 64
+    model = GPT(GPTConfig(vocab_size=rows, **shape), config.dropout)
+    model.init_weights()
+    return model.to(place.device)
+
+
+def _start_from(config: TrainConfig, meta: Meta, place: Place) -> GPT:
+    read: Callable[..., tuple[GPT, object]] = checkpoint.load
+    if not (Path(config.init_from) / checkpoint.CONFIG).exists():
+        raise ConfigError(f"no checkpoint at {config.init_from}")
+    loaded, _ = read(config.init_from, torch.float32, place.device)
+    model = GPT(loaded.config, config.dropout).to(place.device)
+    model.load_state_dict(loaded.state_dict())
+    return model
