@@ -1,0 +1,370 @@
+"""The front end: a Flask application under gunicorn, in a process of its own below rank 0.
+
+One gunicorn worker with many threads serves all connections; the master keeps the listening
+socket when the worker dies. The application, with its cluster client and threads, is made in the
+worker, since neither sockets of ZeroMQ nor threads survive a fork.
+"""
+
+import argparse
+import contextlib
+import logging
+import math
+import os
+import re
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+import flask
+from gunicorn import glogging
+from gunicorn.app.base import BaseApplication
+from gunicorn.http import errors as malformed
+from gunicorn.workers.gthread import ThreadWorker
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestEntityTooLarge
+
+from nanogpt import log as logging_setup
+from nanogpt import options
+from nanogpt.api import errors, metrics
+from nanogpt.api.backend import Cluster
+from nanogpt.api.decode import clip
+from nanogpt.api.service import JSON, Answer, Service
+from nanogpt.cluster.client import ClusterStatus
+from nanogpt.cluster.connect import connect
+from nanogpt.cluster.keeper import LOCK
+from nanogpt.config import HttpConfig
+from nanogpt.errors import ApiError, StartupError
+from nanogpt.registry import ModelInfo
+from nanogpt.rundir import RunDir
+
+log = logging.getLogger("frontend")
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_EXPOSED = "x-request-id, openai-processing-ms, x-nanogpt-ranks, retry-after"
+
+
+def create_app(
+    cluster: Cluster, settings: HttpConfig, clock: Callable[[], float] = time.time
+) -> flask.Flask:
+    """The application. `clock` gives the seconds since the epoch that answers carry."""
+    app = flask.Flask("nanogpt", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_mib * 2**20
+    app.url_map.merge_slashes = False
+    service = Service(cluster, settings, clock)
+    app.extensions["nanogpt"] = service
+    _add_routes(app, service)
+    _add_errors(app)
+    _add_headers(app, service, settings)
+    return app
+
+
+def _add_routes(app: flask.Flask, service: Service) -> None:
+    request = flask.request
+
+    @app.post("/v1/completions")
+    def completions() -> flask.Response:
+        peer = request.environ.get("gunicorn.socket")
+        body = request.get_data(cache=False)
+        return _response(service.complete(body, request.content_type, peer, flask.g.started))
+
+    @app.get("/v1/models")
+    def models() -> flask.Response:
+        return _response(service.models())
+
+    @app.get("/v1/models/<path:name>")
+    def model(name: str) -> flask.Response:
+        return _response(service.model(name))
+
+    @app.post("/tokenize")
+    def tokenize() -> flask.Response:
+        return _response(service.tokenize(request.get_data(cache=False), request.content_type))
+
+    @app.post("/detokenize")
+    def detokenize() -> flask.Response:
+        return _response(service.detokenize(request.get_data(cache=False), request.content_type))
+
+    @app.get("/tokenizer_info")
+    def tokenizer_info() -> flask.Response:
+        return _response(service.tokenizer_info(request.args.get("model")))
+
+    @app.get("/health")
+    def health() -> flask.Response:
+        return _response(service.health())
+
+    @app.get("/ready")
+    def ready() -> flask.Response:
+        return _response(service.ready())
+
+    @app.get("/metrics")
+    def metrics_text() -> flask.Response:
+        return _response(Answer(service.metrics.render(), content_type=metrics.CONTENT_TYPE))
+
+
+def _response(answer: Answer) -> flask.Response:
+    response = flask.Response(
+        answer.body, answer.status, answer.headers, content_type=answer.content_type
+    )
+    if answer.exchange is not None:
+        response.call_on_close(answer.exchange.close)
+        flask.g.exchange = answer.exchange
+    return response
+
+
+def _error_response(error: ApiError) -> flask.Response:
+    return flask.Response(errors.body(error), error.status, error.headers, content_type=JSON)
+
+
+def _add_errors(app: flask.Flask) -> None:
+    request = flask.request
+
+    @app.errorhandler(ApiError)
+    def api_error(error: ApiError) -> flask.Response:
+        return _error_response(error)
+
+    @app.errorhandler(HTTPException)
+    def http_error(error: HTTPException) -> flask.Response:
+        description = error.description or "the request could not be served"
+        if isinstance(error, RequestEntityTooLarge):
+            limit = app.config["MAX_CONTENT_LENGTH"] // 2**20
+            description = f"the body is over {limit} MiB; send less, or split the request"
+        allowed = ""
+        if isinstance(error, MethodNotAllowed):
+            allowed = ", ".join(sorted(error.valid_methods or ()))
+        return _error_response(
+            errors.from_status(
+                error.code or 500,
+                description,
+                method=request.method,
+                path=request.path,
+                allowed=allowed,
+            )
+        )
+
+    @app.errorhandler(Exception)
+    def other_error(error: Exception) -> flask.Response:
+        return _error_response(errors.unexpected(error))
+
+
+def _add_headers(app: flask.Flask, service: Service, settings: HttpConfig) -> None:
+    request = flask.request
+
+    @app.before_request
+    def begin() -> None:
+        flask.g.started = time.monotonic()
+        given = request.headers.get("x-request-id", "")
+        sane = _SANE_ID.fullmatch(given)
+        flask.g.request_id = given if sane else _new_id()
+
+    @app.after_request
+    def finish(response: flask.Response) -> flask.Response:
+        elapsed_ms = (time.monotonic() - flask.g.started) * 1000
+        response.headers["x-request-id"] = flask.g.request_id
+        response.headers["openai-processing-ms"] = str(round(elapsed_ms))
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        _allow_origin(response, settings.cors_origins)
+        route = request.url_rule.rule if request.url_rule else "none"
+        service.metrics.requests.labels(route, str(response.status_code)).inc()
+        _log_when_sent(response)
+        return response
+
+
+def _new_id() -> str:
+    return f"req_{secrets.token_hex(16)}"
+
+
+def _allow_origin(response: flask.Response, origins: tuple[str, ...]) -> None:
+    """CORS: only origins that the operator listed ("*": all) may read answers in a browser."""
+    origin = flask.request.headers.get("Origin")
+    if not origins:
+        return
+    response.headers.add("Vary", "Origin")
+    if origin is None or not ("*" in origins or origin in origins):
+        return
+    response.headers["Access-Control-Allow-Origin"] = origin
+    response.headers["Access-Control-Expose-Headers"] = _EXPOSED
+    if flask.request.method == "OPTIONS":
+        response.headers["Access-Control-Allow-Methods"] = response.headers.get("Allow", "")
+        response.headers["Access-Control-Allow-Headers"] = flask.request.headers.get(
+            "Access-Control-Request-Headers", "authorization, content-type"
+        )
+        response.headers["Access-Control-Max-Age"] = "600"
+
+
+def _log_when_sent(response: flask.Response) -> None:
+    """One line for each request, when its answer has been sent."""
+    g, request = flask.g, flask.request
+    started, request_id, exchange = g.started, g.request_id, g.get("exchange")
+    head = f"{request.method} {request.path[:200]} {response.status_code}"
+    level = logging.DEBUG if request.method == "GET" else logging.INFO
+
+    def write() -> None:
+        elapsed_ms = (time.monotonic() - started) * 1000
+        tail = f" {exchange.summary()}" if exchange is not None else ""
+        log.log(level, "%s %.0f ms request_id=%s%s", head, elapsed_ms, request_id, tail)
+
+    response.call_on_close(write)
+
+
+# gunicorn
+
+KEEPALIVE_S = 75  # above the 60 s of common proxies, so that they close first
+MAX_IDLE_CONNECTIONS = 2048  # beyond those that are served; they cost no thread
+GRACE_S = 3.0  # beyond drain_s, for the last answers to go out; the launcher waits 5
+
+
+class _Logger(glogging.Logger):
+    """Leaves gunicorn's messages to the handlers of this process."""
+
+    def setup(self, cfg: Any) -> None:
+        super().setup(cfg)
+        self.error_log.handlers.clear()
+        self.error_log.propagate = True
+
+
+class Worker(ThreadWorker):
+    """Drains on SIGTERM, and answers in JSON when a request is not even HTTP."""
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        if self.alive:
+            self.app.service.drain()
+        super().handle_exit(sig, frame)
+
+    def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: Exception) -> None:
+        ours = (malformed.InvalidResponseHeader, malformed.InvalidResponseHeaderName)
+        if isinstance(exc, malformed.ParseException) and not isinstance(exc, ours):
+            text = f"the request is not valid HTTP/1.1: {clip(str(exc))}"
+            error = errors.from_status(_PARSE_STATUS.get(type(exc), 400), text)
+        else:
+            error = errors.unexpected(exc)
+        body = errors.body(error)
+        head = (
+            f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
+            f"Content-Type: {JSON}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
+            f"x-request-id: {_new_id()}\r\nopenai-processing-ms: 0\r\n\r\n"
+        )
+        log.info("malformed request from %s: %s", addr[0] if addr else "-", exc)
+        with contextlib.suppress(OSError):  # the client may be gone, and that is all right
+            client.settimeout(1.0)
+            client.sendall(head.encode("latin-1") + body)
+
+
+_PARSE_STATUS = {
+    malformed.LimitRequestLine: 414,
+    malformed.LimitRequestHeaders: 431,
+    malformed.UnsupportedTransferCoding: 501,
+    malformed.ExpectationFailed: 417,
+}
+
+
+class _Application(BaseApplication):
+    """gunicorn with our settings; the worker makes cluster client and application."""
+
+    def __init__(
+        self, listener: socket.socket, make_cluster: Callable[[], Cluster], settings: HttpConfig
+    ) -> None:
+        self._listener, self._make_cluster, self._settings = listener, make_cluster, settings
+        self._cluster: Cluster | None = None
+        super().__init__()
+
+    def load_config(self) -> None:
+        threads = self._settings.threads
+        values = {
+            "bind": f"fd://{self._listener.detach()}",
+            "worker_class": Worker,
+            "workers": 1,
+            "threads": threads,
+            "worker_connections": threads + MAX_IDLE_CONNECTIONS,
+            "keepalive": KEEPALIVE_S,
+            "timeout": 60,  # of silence of the worker's main thread
+            "graceful_timeout": math.ceil(self._settings.drain_s + GRACE_S),
+            "limit_request_line": 8190,
+            "limit_request_fields": 100,
+            "limit_request_field_size": 16384,
+            "worker_tmp_dir": "/dev/shm" if os.path.isdir("/dev/shm") else None,
+            "logger_class": _Logger,
+            "loglevel": "warning",
+            "control_socket_disable": True,
+            "proc_name": "nanogpt-frontend",
+            "worker_exit": lambda server, worker: self._close(),
+        }
+        for name, value in values.items():
+            self.cfg.set(name, value)
+
+    def load(self) -> flask.Flask:
+        self._cluster = self._make_cluster()
+        app = create_app(self._cluster, self._settings)
+        self.service: Service = app.extensions["nanogpt"]
+        return app
+
+    def _close(self) -> None:
+        if self._cluster is not None:
+            self._cluster.close()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises StartupError when the address can't be had."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        raise StartupError(
+            f"can't listen on {host}:{port}: {error.strerror}; choose another with --port"
+        ) from error
+
+
+def serve(
+    listener: socket.socket, make_cluster: Callable[[], Cluster], settings: HttpConfig
+) -> None:
+    """Answer on this socket until SIGTERM. `make_cluster` is called in the worker process."""
+    _Application(listener, make_cluster, settings).run()
+
+
+def run(host: str, port: int, make_cluster: Callable[[], Cluster], settings: HttpConfig) -> None:
+    """Listen and serve; ends the process with SystemExit. Raises StartupError."""
+    serve(listen(host, port), make_cluster, settings)
+
+
+def main(argv: list[str]) -> None:
+    """Started by rank 0: `frontend.py --owner-pid PID [the options of launch.sh]`."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--owner-pid", type=int, required=True, help="leave with this process")
+    given, rest = parser.parse_known_args(argv)
+    config = options.parse_or_exit(rest)
+    logging_setup.set_up(config.log_level, "front end")
+    run_dir = RunDir.open(config.host, config.port)
+    if not run_dir.lock(LOCK):
+        raise SystemExit(0)  # another one is alive
+
+    def announce(status: ClusterStatus, models: dict[str, ModelInfo]) -> None:
+        names = ", ".join(sorted(models))
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        print(
+            f"ready: http://{host}:{config.port}  models: {names}  ranks: {status.ranks}",
+            flush=True,
+        )
+
+    def make_cluster() -> Cluster:
+        master = os.getppid()
+        return connect(
+            config,
+            run_dir,
+            owner_pid=given.owner_pid,
+            on_ready=announce,
+            on_orphaned=lambda: os.kill(master, signal.SIGTERM),
+        )
+
+    try:
+        run(config.host, config.port, make_cluster, config.http)
+    except StartupError as error:
+        run_dir.set_fatal(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,65 @@
+"""What the HTTP layer needs of the cluster, so that any object of this shape can serve it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from nanogpt.registry import ModelInfo
+from nanogpt.request import EngineEvent, EngineStats, GenerateRequest
+from nanogpt.tokenizer import Tokenizer
+
+
+class Status(Protocol):
+    """The worker group at a glance."""
+
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def ranks(self) -> int: ...
+    @property
+    def ready(self) -> bool: ...
+    @property
+    def draining(self) -> bool: ...
+    @property
+    def detail(self) -> str: ...
+
+
+class Handle(Protocol):
+    """An accepted request.
+
+    Events of a choice come in order and each position exactly once, also across a restart of the
+    ranks; a choice has one finish_reason unless it was cancelled; RequestFailed comes at most once.
+    """
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """Rank of each generated choice."""
+
+    def events(self, timeout: float) -> Sequence[EngineEvent]:
+        """New events, after waiting up to `timeout` seconds for some; empty when none came."""
+
+    def cancel(self, index: int | None = None) -> None:
+        """Stop one choice, or all of them. May be called again."""
+
+
+class Cluster(Protocol):
+    """Thread-safe."""
+
+    def models(self) -> Mapping[str, ModelInfo]:
+        """Loaded models by name; empty while starting."""
+
+    def tokenizer(self, model: str) -> Tokenizer: ...
+
+    def ready(self) -> bool: ...
+
+    def status(self) -> Status: ...
+
+    def stats(self) -> Mapping[int, Sequence[EngineStats]]:
+        """The latest of each rank, one entry for each of its models."""
+
+    def submit(self, request: GenerateRequest) -> Handle:
+        """Accept a request without owners. Raises Unavailable."""
+
+    def drain(self) -> None:
+        """Take no new requests. Safe to call from a signal handler."""
+
+    def close(self) -> None: ...

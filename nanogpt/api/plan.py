@@ -1,0 +1,163 @@
+"""From a valid request to work for the engines: tokens, the model's limits, sampling parameters."""
+
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import msgspec
+
+from nanogpt import __version__
+from nanogpt.api.decode import clip
+from nanogpt.api.protocol import CompletionRequest
+from nanogpt.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, Unavailable
+from nanogpt.registry import ModelInfo
+from nanogpt.request import GenerateRequest
+from nanogpt.sampling_params import SamplingParams
+from nanogpt.tokenizer import Tokenizer
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """One accepted request: what the engines get, and what the answer is made from."""
+
+    request: GenerateRequest
+    completion: CompletionRequest
+    prompt_texts: tuple[str, ...]  # what echo gives back, and where text offsets begin
+    fingerprint: str
+    created: int  # seconds since the epoch
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(map(len, self.request.prompts))
+
+
+def find_model(models: Mapping[str, ModelInfo], name: str) -> ModelInfo:
+    """Raises Unavailable while starting, else ModelNotFound."""
+    info = models.get(name)
+    if info is None and not models:
+        raise Unavailable(
+            "the model is being loaded; try again soon", code="starting", retry_after=2
+        )
+    if info is None:
+        raise ModelNotFound(
+            f"the model {clip(name)!r} does not exist; "
+            f"there are: {clip(', '.join(sorted(models)), 1000)}",
+            param="model",
+        )
+    return info
+
+
+def system_fingerprint(info: ModelInfo) -> str:
+    """Weights, dtype and engine version: the scope of the promise about seed."""
+    return f"fp_{info.fingerprint}_{__version__}"
+
+
+def make_plan(
+    request: CompletionRequest,
+    info: ModelInfo,
+    tokenizer: Tokenizer,
+    *,
+    clock: Callable[[], float] = time.time,
+) -> Plan:
+    """Raises InvalidRequest; ContextLengthExceeded when prompt and max_tokens don't fit."""
+    check_ids(request.logit_bias, info, "logit_bias")
+    check_ids(request.stop_token_ids, info, "stop_token_ids")
+    texts, prompts = _prompts(request, info, tokenizer)
+    for prompt in prompts:
+        _check_length(len(prompt), request.max_tokens, info)
+    generate = GenerateRequest(
+        request_id=f"cmpl-{secrets.token_hex(16)}",
+        model=info.name,
+        prompts=prompts,
+        n=request.generated,
+        params=_sampling_params(request),
+        priority=request.priority,
+    )
+    return Plan(
+        request=generate,
+        completion=request,
+        prompt_texts=texts,
+        fingerprint=system_fingerprint(info),
+        created=int(clock()),
+    )
+
+
+def _sampling_params(request: CompletionRequest) -> SamplingParams:
+    ranked = request.generated > request.n  # best_of chooses by log probability
+    return SamplingParams(
+        # Drawn here, so that a restart of the engines goes on with the same random numbers.
+        seed=secrets.randbits(63) if request.seed is None else request.seed,
+        max_tokens=request.max_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=max(request.top_k, 0),
+        min_p=request.min_p,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        repetition_penalty=request.repetition_penalty,
+        logit_bias=request.logit_bias,
+        min_tokens=request.min_tokens,
+        ignore_eos=request.ignore_eos,
+        stop_token_ids=tuple(request.stop_token_ids),
+        logprobs=0 if request.logprobs is None and ranked else request.logprobs,
+        prompt_logprobs=request.echo and request.logprobs is not None,
+    )
+
+
+def _prompts(
+    request: CompletionRequest, info: ModelInfo, tokenizer: Tokenizer
+) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]:
+    """(what echo gives back, tokens) of each prompt."""
+    prompt = request.prompt
+    each: Sequence[str | Sequence[int]]
+    if isinstance(prompt, str):
+        each = [prompt]
+    elif isinstance(prompt[0], int):
+        each = [prompt]  # type: ignore[list-item]  # prompt_count has checked that all are ints
+    else:
+        each = prompt  # type: ignore[assignment]
+    texts, tokens = [], []
+    for one in each:
+        ids = encode_prompt(one, info, tokenizer) if isinstance(one, str) else one
+        if not isinstance(one, str):
+            _check_length(len(ids), request.max_tokens, info)
+            check_ids(ids, info, "prompt")
+        tokens.append(tuple(ids))
+        texts.append(one if isinstance(one, str) else tokenizer.decode(ids))
+    return tuple(texts), tuple(tokens)
+
+
+def encode_prompt(text: str, info: ModelInfo, tokenizer: Tokenizer) -> Sequence[int]:
+    """Tokens of a prompt; the start token for an empty one. Raises InvalidRequest."""
+    if not text:
+        return (info.start_token_id,)
+    size = len(text.encode())
+    if size > tokenizer.max_token_bytes * info.context_length:  # refused without tokenising it
+        raise ContextLengthExceeded(
+            f"this model's context is {info.context_length} tokens; a prompt of {size} bytes "
+            "can't fit; shorten the prompt",
+            param="prompt",
+        )
+    return tokenizer.encode(text)
+
+
+def _check_length(prompt_tokens: int, max_tokens: int, info: ModelInfo) -> None:
+    total = prompt_tokens + max_tokens
+    if total <= info.context_length:
+        return
+    too_long = prompt_tokens > info.context_length
+    raise ContextLengthExceeded(
+        f"this model's context is {info.context_length} tokens; you asked for {total} "
+        f"({prompt_tokens} in the prompt, {max_tokens} in the completion); "
+        f"{'shorten the prompt' if too_long else 'shorten the prompt or lower max_tokens'}",
+        param="prompt" if too_long else "max_tokens",
+    )
+
+
+def check_ids(ids: Iterable[int], info: ModelInfo, param: str) -> None:
+    highest = max(ids, default=0)
+    if highest >= info.vocab_size:
+        raise InvalidRequest(
+            f"{param}: token id {clip(str(highest), 40)} is outside the vocabulary of "
+            f"{info.name}; ids go from 0 to {info.vocab_size - 1}",
+            param=param,
+        )

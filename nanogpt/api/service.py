@@ -1,0 +1,195 @@
+"""Every route's work, without a web framework: from bytes and strings to an Answer."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from nanogpt.api import client_socket, errors
+from nanogpt.api.assemble import Assembler
+from nanogpt.api.backend import Cluster
+from nanogpt.api.decode import check_content_type, decode
+from nanogpt.api.errors import ClientGone
+from nanogpt.api.exchange import Exchange
+from nanogpt.api.metrics import Metrics
+from nanogpt.api.objects import (
+    DetokenizeResponse,
+    Health,
+    Model,
+    ModelList,
+    Readiness,
+    TokenizeResponse,
+)
+from nanogpt.api.plan import check_ids, encode_prompt, find_model, make_plan, system_fingerprint
+from nanogpt.api.protocol import DetokenizeRequest, TokenizeRequest, parse_completion
+from nanogpt.api.response import PING, Collected, Stream, encode, event, ranks_header
+from nanogpt.api.tokens import token_text, tokenizer_info
+from nanogpt.config import HttpConfig
+from nanogpt.errors import ApiError, InvalidRequest
+from nanogpt.registry import ModelInfo
+from nanogpt.tokenizer import Tokenizer
+
+JSON = "application/json"
+EVENT_STREAM = "text/event-stream; charset=utf-8"
+CLIENT_GONE = 499  # for the log and the metrics: nobody reads this answer
+
+
+class Answer(NamedTuple):
+    body: bytes | Iterator[bytes]
+    status: int = 200
+    content_type: str = JSON
+    headers: dict[str, str] = {}
+    exchange: Exchange | None = None  # to be closed when the body has been sent, or can't be
+
+
+class Service:
+    """Thread-safe: a request's state is its own."""
+
+    def __init__(self, cluster: Cluster, settings: HttpConfig, clock: Callable[[], float]) -> None:
+        self._cluster, self._settings, self._clock = cluster, settings, clock
+        self.metrics = Metrics(cluster)
+        self._end_at = float("inf")  # time.monotonic() after which nobody waits any longer
+
+    def drain(self) -> None:
+        """Take no new requests; those in progress have `drain_s` left. For a signal handler."""
+        self._cluster.drain()
+        self._end_at = min(self._end_at, time.monotonic() + self._settings.drain_s)
+
+    # POST /v1/completions
+
+    def complete(
+        self, body: bytes, content_type: str | None, socket: Any, started: float
+    ) -> Answer:
+        """`socket`: the client's, when the server shows it; `started`: time.monotonic()."""
+        exchange = self._begin(body, content_type, socket, started)
+        if not exchange.plan.completion.stream:
+            return self._whole(exchange)
+        shown = ranks_header(exchange.handle.owners, range(len(exchange.handle.owners)))
+        return Answer(
+            _stream(exchange),
+            content_type=EVENT_STREAM,
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **_ranks(shown)},
+            exchange=exchange,
+        )
+
+    def _begin(
+        self, body: bytes, content_type: str | None, socket: Any, started: float
+    ) -> Exchange:
+        request = parse_completion(body, content_type)
+        info = find_model(self._cluster.models(), request.model)
+        tokenizer = self._cluster.tokenizer(info.name)
+        plan = make_plan(request, info, tokenizer, clock=self._clock)
+        assembler = Assembler(plan, tokenizer)
+        return Exchange(
+            plan,
+            self._cluster.submit(plan.request),
+            assembler,
+            self.metrics,
+            started=started,
+            is_client_gone=client_socket.watch(socket),
+            must_end=lambda: time.monotonic() > self._end_at,
+        )
+
+    def _whole(self, exchange: Exchange) -> Answer:
+        try:
+            collected = Collected(exchange.plan)
+            for deltas in exchange.deltas():
+                collected.add(deltas or ())
+        except ClientGone:
+            return Answer(b"", CLIENT_GONE, exchange=exchange)
+        finally:
+            exchange.close()
+        chosen = exchange.assembler.best(exchange.plan.completion.n)
+        completion = collected.completion(exchange.assembler, chosen)
+        shown = ranks_header(exchange.handle.owners, chosen)
+        return Answer(encode(completion), headers=_ranks(shown), exchange=exchange)
+
+    # Models and their tokenizers
+
+    def models(self) -> Answer:
+        known = self._cluster.models()
+        return Answer(encode(ModelList([_model(known[name]) for name in sorted(known)])))
+
+    def model(self, name: str) -> Answer:
+        return Answer(encode(_model(find_model(self._cluster.models(), name))))
+
+    def tokenize(self, body: bytes, content_type: str | None) -> Answer:
+        check_content_type(content_type)
+        request = decode(body, TokenizeRequest)
+        info, tokenizer = self._model_or_only(request.model)
+        ids = list(encode_prompt(request.prompt, info, tokenizer)) if request.prompt else []
+        strings = [token_text(tokenizer, i) for i in ids] if request.return_token_strs else None
+        return Answer(encode(TokenizeResponse(len(ids), info.context_length, ids, strings)))
+
+    def detokenize(self, body: bytes, content_type: str | None) -> Answer:
+        check_content_type(content_type)
+        request = decode(body, DetokenizeRequest)
+        info, tokenizer = self._model_or_only(request.model)
+        check_ids(request.tokens, info, "tokens")
+        return Answer(encode(DetokenizeResponse(tokenizer.decode(request.tokens))))
+
+    def tokenizer_info(self, name: str | None) -> Answer:
+        return Answer(encode(tokenizer_info(*self._model_or_only(name))))
+
+    def _model_or_only(self, name: str | None) -> tuple[ModelInfo, Tokenizer]:
+        models = self._cluster.models()
+        if name is None and len(models) > 1:
+            raise InvalidRequest(
+                f"model is missing, and there are several: {', '.join(sorted(models))}",
+                param="model",
+            )
+        info = find_model(models, name if name is not None else next(iter(models), ""))
+        return info, self._cluster.tokenizer(info.name)
+
+    # Operations
+
+    def health(self) -> Answer:
+        """This process answers; whether a model does is `ready`."""
+        return Answer(encode(Health()))
+
+    def ready(self) -> Answer:
+        status = self._cluster.status()
+        body = Readiness(
+            ready=status.ready,
+            draining=status.draining,
+            epoch=status.epoch,
+            ranks=status.ranks,
+            detail=status.detail,
+            models=sorted(self._cluster.models()),
+        )
+        return Answer(encode(body), 200 if status.ready else 503)
+
+
+def _ranks(shown: str | None) -> dict[str, str]:
+    return {} if shown is None else {"x-nanogpt-ranks": shown}
+
+
+def _model(info: ModelInfo) -> Model:
+    return Model(
+        id=info.name,
+        created=info.created,
+        context_length=info.context_length,
+        dtype=info.dtype,
+        num_parameters=info.num_parameters,
+        system_fingerprint=system_fingerprint(info),
+    )
+
+
+def _stream(exchange: Exchange) -> Iterator[bytes]:
+    """The body of an event stream. After its first byte an error can only be an event."""
+    stream = Stream(exchange.plan)
+    yield b""  # has the headers sent at once
+    try:
+        for deltas in exchange.deltas():
+            if deltas is None:
+                yield PING
+            elif deltas:
+                yield stream.chunks(deltas)
+        yield stream.end(exchange.assembler)
+    except ClientGone:
+        return
+    except ApiError as error:
+        yield event(error.body())
+    except Exception as error:
+        yield event(errors.unexpected(error).body())
+    finally:
+        exchange.close()
