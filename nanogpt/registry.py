@@ -1,16 +1,27 @@
-"""What is known of a model without its weights: name, limits, tokenizer, fingerprint."""
+"""What is known of a model without its weights: name, limits, tokenizer, where it comes from."""
 
-from typing import Literal
+import pickletools
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
+
+from nanogpt.config import PROJECT, convert, nearest, read_toml
+from nanogpt.errors import CheckpointError, ConfigError
+
+CARDS = PROJECT / "configs" / "models"
 
 
 class TokenizerSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to build a tokenizer anywhere, without torch.
 
     kind "char": `characters[i]` is the text of token i, and there is no end token.
-    kind "gpt2": GPT-2's byte pairs; `directory` holds vocab.json and merges.txt, or is empty for
-    the files that tiktoken knows (downloaded once, or found in TIKTOKEN_CACHE_DIR).
+    kind "gpt2": GPT-2's byte pairs; `directory` holds vocab.json and merges.txt (or
+    tokenizer.json), or is empty for the files that tiktoken knows (downloaded once, or found in
+    TIKTOKEN_CACHE_DIR).
     """
 
     kind: Literal["char", "gpt2"]
@@ -31,3 +42,191 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str  # of weights and dtype, hexadecimal
     created: int  # seconds since the epoch
     num_parameters: int
+
+
+class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One file of configs/models/: a model that can be served by its name alone."""
+
+    name: str
+    hub: str = ""  # its name on the Hugging Face hub, or
+    directory: str = ""  # its place in this project
+    recipe: str = ""  # in configs/train/, when the directory has to be trained first
+    aliases: tuple[str, ...] = ()
+    tokenizer: Literal["char", "gpt2"]
+    context: int  # tokens
+    parameters: int | None = None  # when they are known before a download
+    licence: str
+    notes: str = ""
+
+    def __post_init__(self) -> None:
+        if bool(self.hub) == bool(self.directory):
+            raise ValueError("a model comes from `hub` or from `directory`: give one of them")
+
+
+def read_cards(directory: Path = CARDS) -> dict[str, ModelCard]:
+    """The cards by name. Raises ConfigError for a bad card, or when two share a name or alias."""
+    cards: dict[str, ModelCard] = {}
+    taken: dict[str, Path] = {}
+    for path in sorted(directory.glob("*.toml")):
+        card = convert(read_toml(path), ModelCard, source=str(path))
+        for name in (card.name, *card.aliases):
+            if name in taken:
+                raise ConfigError(f"{path} and {taken[name]} both have a model {name!r}")
+            taken[name] = path
+        cards[card.name] = card
+    return cards
+
+
+def aliases(served: Iterable[str], cards: Mapping[str, ModelCard]) -> dict[str, str]:
+    """Other names of the served models, where no served model has that very name."""
+    names = set(served)
+    return {
+        alias: name
+        for name in names & cards.keys()
+        for alias in cards[name].aliases
+        if alias not in names
+    }
+
+
+_NAME = re.compile(r"[\w.:@+-]+(/[\w.:@+-]+)*", re.ASCII)  # it stands in a URL
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_FILE_ENDINGS = (".pt", ".pth", ".bin", ".safetensors", ".json")
+
+
+def resolve(model: str, cards: Mapping[str, ModelCard]) -> tuple[str, str]:
+    """Name and source of "NAME" (or an alias), by the cards, or "NAME=PATH". Raises ConfigError."""
+    name, equals, given = (part.strip() for part in model.partition("="))
+    if not equals:
+        return _from_card(name, cards)
+    if not _NAME.fullmatch(name) or len(name) > 128:
+        raise ConfigError(
+            f"model name {name!r:.150}: use 1 to 128 letters, digits and . _ - : @ + /"
+        )
+    if not given:
+        raise ConfigError(f"model {name!r} has no path after the equals sign")
+    path = Path(given).expanduser()
+    return name, str(path.absolute()) if path.exists() else str(path)
+
+
+def _from_card(name: str, cards: Mapping[str, ModelCard]) -> tuple[str, str]:
+    by_name = {alias: card for card in cards.values() for alias in card.aliases} | dict(cards)
+    card = by_name.get(name)
+    if card is None:
+        if Path(name).expanduser().exists():
+            raise ConfigError(f"model {name!r:.150} is a path: give it a name, --model NAME=PATH")
+        raise ConfigError(
+            f"unknown model {name!r:.150}{nearest(name, list(by_name))} "
+            f"(known are {', '.join(cards)}; any other is given as NAME=PATH)"
+        )
+    if card.hub:
+        return card.name, card.hub
+    path = PROJECT / card.directory
+    if not path.exists():
+        mend = f"; train it: python -m nanogpt.train --config {card.recipe}" if card.recipe else ""
+        raise ConfigError(f"model {card.name!r}: {path} is not there{mend}")
+    return card.name, str(path)
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether a source that isn't a path here may be a name on the Hugging Face hub."""
+    return bool(_HUB_NAME.fullmatch(source)) and not source.endswith(_FILE_ENDINGS)
+
+
+def check_source(name: str, source: str) -> None:
+    """Raises CheckpointError for what can be seen at once, without reading the weights."""
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(
+                f"model {name!r}: {path} has no config.json; give a directory of ours, of Hugging "
+                "Face's GPT-2, or a nanoGPT ckpt.pt"
+            )
+    elif path.is_file():
+        if not zipfile.is_zipfile(path):
+            raise CheckpointError(f"model {name!r}: {path} is not a file that torch.save wrote")
+    elif not is_hub_name(source):
+        raise CheckpointError(f"model {name!r}: there is no file or directory {path}")
+
+
+def sources(models: Iterable[str]) -> list[tuple[str, str]]:
+    """Name and source of each configured model. Raises ConfigError, also for a name given twice."""
+    cards = read_cards()
+    found: dict[str, str] = {}
+    for model in models:
+        name, source = resolve(model, cards)
+        if name in found:
+            raise ConfigError(f"model {name!r} is given twice; give one of them another name")
+        found[name] = source
+    return list(found.items())
+
+
+_ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class _Shape(msgspec.Struct):
+    """What config.json or model_args say; our names or else Hugging Face's."""
+
+    n_layer: int
+    n_embd: int
+    vocab_size: int
+    block_size: int = 0
+    n_positions: int = 1024
+    bias: bool = True
+
+    def num_parameters(self) -> int:
+        """Embeddings, then for each layer 12 matrices of n_embd squared and its vectors."""
+        width, vectors = self.n_embd, 13 if self.bias else 2
+        embeddings = (self.vocab_size + (self.block_size or self.n_positions)) * width
+        layer = 12 * width * width + vectors * width
+        return embeddings + self.n_layer * layer + (1 + self.bias) * width
+
+
+def estimate_memory(source: str, dtype: str) -> int | None:
+    """Bytes of the weights in `dtype`, from headers and configuration files alone.
+
+    None when the model has to be downloaded first and no card knows its size. Raises
+    CheckpointError when the source says nothing that can be understood.
+    """
+    parameters = _parameters(source)
+    return None if parameters is None else parameters * _ITEM_SIZE[dtype]
+
+
+def _parameters(source: str) -> int | None:
+    path = Path(source)
+    if path.is_dir():
+        return _config_shape(path / "config.json").num_parameters()
+    if path.is_file():
+        return _pickled_shape(path).num_parameters()
+    from huggingface_hub import try_to_load_from_cache  # 0.3 s
+
+    cached = try_to_load_from_cache(source, "config.json")
+    if isinstance(cached, str):
+        return _config_shape(Path(cached)).num_parameters()
+    return next((c.parameters for c in read_cards().values() if c.hub == source), None)
+
+
+def _config_shape(path: Path) -> _Shape:
+    try:
+        raw = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        return msgspec.convert(raw.get("model", raw), _Shape)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise CheckpointError(f"{path} does not describe a GPT-2 model: {error}") from error
+
+
+def _pickled_shape(path: Path) -> _Shape:
+    """nanoGPT's model_args: read from the pickle's opcodes, of which none is carried out."""
+    found: dict[str, Any] = {}
+    key = ""
+    try:
+        with zipfile.ZipFile(path) as file:
+            pickled = next(n for n in file.namelist() if n.endswith("/data.pkl"))
+            for opcode, value, _ in pickletools.genops(file.read(pickled)):
+                if opcode.name == "BINUNICODE":
+                    key = str(value)
+                elif opcode.name.startswith("BININT"):
+                    found.setdefault(key, value)
+                elif opcode.name in ("NEWTRUE", "NEWFALSE"):
+                    found.setdefault(key, opcode.name == "NEWTRUE")
+        return msgspec.convert(found, _Shape)
+    except (OSError, zipfile.BadZipFile, StopIteration, ValueError) as error:
+        raise CheckpointError(f"{path} is not a nanoGPT checkpoint: {error}") from error
