@@ -1,0 +1,163 @@
+"""The launcher's checks, the run directory, and what the system does for a process."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nanogpt import launch, process
+from nanogpt.config import ServeConfig
+from nanogpt.errors import StartupError
+from nanogpt.ranks import Ranks
+from nanogpt.rundir import RunDir
+
+
+def test_auto_ranks_are_gpus_or_one():
+    assert launch.plan_ranks(ServeConfig(), gpus=0) == 1
+    assert launch.plan_ranks(ServeConfig(), gpus=4) == 4
+    assert launch.plan_ranks(ServeConfig(device="cpu"), gpus=4) == 1
+    assert launch.plan_ranks(ServeConfig(ranks=3), gpus=0) == 3
+
+
+def test_more_ranks_than_gpus_are_refused():
+    with pytest.raises(StartupError, match="2 GPUs"):
+        launch.plan_ranks(ServeConfig(ranks=4), gpus=2)
+    with pytest.raises(StartupError, match="--device cpu"):
+        launch.plan_ranks(ServeConfig(device="cuda"), gpus=0)
+
+
+@pytest.mark.parametrize(("visible", "count"), [("", 0), ("0,1,3", 3), ("-1", 0)])
+def test_visible_devices_count(visible, count):
+    assert launch.count_gpus({"CUDA_VISIBLE_DEVICES": visible}) == count
+
+
+def test_port_in_use_and_foreign_host_are_refused():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(StartupError, match=f"127.0.0.1:{port}.*--port"):
+            launch.check_port("127.0.0.1", port)
+    launch.check_port("127.0.0.1", port)
+    with pytest.raises(StartupError, match="host"):
+        launch.check_port("no such host", port)
+
+
+TORCHRUN = {
+    "RANK": "3",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "WORLD_SIZE": "4",
+    "MASTER_ADDR": "m",
+    "MASTER_PORT": "1",
+}
+
+
+def test_ranks_count_through_node_zero_first():
+    """torchrun may call node 1's processes 0 and 1: ours are numbered by node."""
+    assert Ranks.from_environment(TORCHRUN, node=0).rank == 1
+    assert Ranks.from_environment(TORCHRUN, node=1).rank == 3
+
+
+def test_without_torchrun_the_error_says_so():
+    with pytest.raises(StartupError, match="torchrun"):
+        Ranks.from_environment({}, node=0)
+
+
+@pytest.fixture
+def run_dir(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOGPT_RUN_DIR", str(tmp_path / "run"))
+    return RunDir.open("127.0.0.1", 1)
+
+
+def test_run_directory_is_private(run_dir):
+    assert run_dir.path.stat().st_mode & 0o777 == 0o700
+    run_dir.path.chmod(0o755)
+    with pytest.raises(StartupError, match="private"):
+        RunDir.open("127.0.0.1", 1)
+
+
+def test_run_directory_too_long_for_sockets_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOGPT_RUN_DIR", str(tmp_path / ("x" * 100)))
+    with pytest.raises(StartupError, match="too long"):
+        RunDir.open("127.0.0.1", 1)
+
+
+def test_lock_is_held_by_one_process_and_ends_with_it(run_dir):
+    code = (
+        "import sys, time; from nanogpt.rundir import RunDir; d = RunDir.open('127.0.0.1', 1)\n"
+        "print(d.lock('x'), flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "True\n"
+    assert run_dir.holder("x") == holder.pid
+    assert not run_dir.lock("x")
+    holder.kill()
+    holder.communicate()
+    assert run_dir.holder("x") is None
+    assert run_dir.lock("x")
+
+
+def test_marks_last_until_cleared(run_dir):
+    assert run_dir.fatal() is None
+    run_dir.set_fatal("why")
+    run_dir.set_stopping()
+    assert run_dir.fatal() == "why"
+    assert run_dir.is_stopping()
+    run_dir.clear_marks()
+    assert run_dir.fatal() is None
+    assert not run_dir.is_stopping()
+
+
+SLEEP = "import time; time.sleep(60)"
+
+
+def test_terminate_kills_what_ignores_sigterm():
+    code = "import signal, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); " + SLEEP
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True
+    )
+    child.stdout.readline()
+    process.terminate(child.pid, 0.2)
+    assert child.wait(5) == -signal.SIGKILL
+    child.stdout.close()
+
+
+def test_child_dies_with_its_parent():
+    """Also when the parent is killed so that it can't clean up."""
+    child = (
+        f"import os; from nanogpt import process; process.die_with_parent(os.getppid()); {SLEEP}"
+    )
+    parent = (
+        f"import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        f"print(c.pid, flush=True); {SLEEP}"
+    )
+    outer = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    pid = int(outer.stdout.readline())
+    time.sleep(0.3)  # let it reach die_with_parent; too early, it finds its parent gone
+    outer.kill()
+    outer.communicate()
+    deadline = time.monotonic() + 10
+    while _alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not _alive(pid)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_available_memory_is_plausible():
+    assert (
+        2**20
+        < process.available_memory()
+        <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    )
