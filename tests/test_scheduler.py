@@ -3,12 +3,21 @@
 import random
 
 import pytest
-from engine_utils import VOCAB_SIZE, Collector, fake_engine, request, run_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanogpt.engine.sampler import NO_TOKEN
+from nanogpt.engine.sequence import Sequence
 from nanogpt.errors import ConfigError
 from nanogpt.request import GenerateRequest
+from tests.engine_utils import (
+    VOCAB_SIZE,
+    Collector,
+    FakeRunner,
+    fake_engine,
+    request,
+    run_all,
+)
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:
@@ -272,6 +281,21 @@ def test_an_invalid_request_fails_alone(change: dict[str, object], says: str) ->
     result = run_all(engine, request("bad", [1, 2], **change), request("good", [1, 2]))
     assert says in result.failed["bad"]
     assert set(result.finish_reasons) == {("good", 0)}
+
+
+def test_a_request_without_a_token_to_sample_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    token = FakeRunner._token
+
+    def broken(runner: FakeRunner, seq: Sequence) -> int:
+        is_broken = seq.request_id == "bad" and seq.output_len == seq.choice_j
+        return NO_TOKEN if is_broken else token(runner, seq)
+
+    monkeypatch.setattr(FakeRunner, "_token", broken)
+    engine = fake_engine()
+    result = run_all(engine, request("bad", prompt_of(30), n=3), request("good", [1], n=2))
+    assert "no token" in result.failed["bad"]
+    assert set(result.finish_reasons) == {("good", 0), ("good", 1)}
+    assert engine.stats().free_blocks == engine.stats().total_blocks
 
 
 @pytest.mark.parametrize("prompt", [[], [VOCAB_SIZE], [-1], [1] * 65])

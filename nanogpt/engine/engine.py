@@ -13,9 +13,11 @@ import torch
 
 from nanogpt.engine.block_manager import BlockManager
 from nanogpt.engine.model_runner import ModelRunner, StepOutput
+from nanogpt.engine.sampler import NO_TOKEN
 from nanogpt.engine.scheduler import Batch, Scheduler
 from nanogpt.engine.sequence import Sequence, appoint_leader
 from nanogpt.engine.validation import problem_with
+from nanogpt.errors import EngineError
 from nanogpt.registry import ModelInfo
 from nanogpt.request import (
     EngineEvent,
@@ -110,12 +112,18 @@ class Engine:
 
     def step(self) -> list[EngineEvent]:
         """Advance every running choice. Events are in an order that the front end can rely on: a
-        prompt's scores before its first choice's tokens, each choice's tokens by position."""
+        prompt's scores before its first choice's tokens, each choice's tokens by position.
+
+        Raises EngineError when the network can't be run; the engine is of no use after that.
+        """
         events, self._events = self._events, []
         if not self._live:
             return events
         batch = self._scheduler.schedule()
-        output = self._runner.run(batch)
+        try:
+            output = self._runner.run(batch)
+        except Exception as error:
+            raise EngineError(f"a step of {len(batch.chunks)} sequences failed: {error}") from error
         events += self._record(batch, output)
         return events
 
@@ -190,16 +198,25 @@ class Engine:
             events.append(PromptScored(seq.request_id, seq.prompt_i, seq.score_next, logprobs))
             seq.score_next += len(logprobs)
             if not seq.scoring and not seq.wants_token:
-                events.append(self._finish(seq, "length"))
+                self._forget(seq)
+                events.append(_token_event(seq, finish_reason="length"))
         sampled = [seq for chunk in batch.chunks for seq in chunk.samplers]
         for seq, token_id, entry in zip(sampled, output.token_ids, output.logprobs, strict=True):
-            events.append(self._accept(seq, token_id, entry))
+            if seq.index not in self._live.get(seq.request_id, {}):
+                continue  # its request has just failed
+            if token_id == NO_TOKEN:
+                self.abort(seq.request_id)
+                events.append(RequestFailed(seq.request_id, "the logits leave no token to sample"))
+            else:
+                events.append(self._accept(seq, token_id, entry))
         return events
 
     def _accept(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenEvent:
         """Append a sampled token, or end the choice at it."""
         if seq.stops_at(token_id, self.info.eos_token_id):
-            return self._finish(seq, "stop")
+            self._forget(seq)
+            end = None if logprobs is None else token_id
+            return _token_event(seq, (), logprobs, "stop", end)
         self._num_generated += 1
         is_last = seq.output_len + 1 >= seq.max_new
         event = _token_event(seq, (token_id,), logprobs, "length" if is_last else None)
@@ -208,10 +225,6 @@ class Engine:
         else:
             seq.append(token_id)
         return event
-
-    def _finish(self, seq: Sequence, reason: FinishReason) -> TokenEvent:
-        self._forget(seq)
-        return _token_event(seq, finish_reason=reason)
 
     def _forget(self, seq: Sequence) -> None:
         self._scheduler.finish(seq)
@@ -228,6 +241,7 @@ def _token_event(
     token_ids: tuple[int, ...] = (),
     logprobs: TokenLogprobs | None = None,
     finish_reason: FinishReason | None = None,
+    end_token_id: int | None = None,
 ) -> TokenEvent:
     return TokenEvent(
         request_id=seq.request_id,
@@ -237,4 +251,5 @@ def _token_event(
         logprobs=() if logprobs is None else (logprobs,),
         finish_reason=finish_reason,
         cached_tokens=0 if seq.output_len else seq.cached_tokens or 0,
+        end_token_id=end_token_id,
     )

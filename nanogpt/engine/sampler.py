@@ -11,6 +11,7 @@ from nanogpt.engine.sequence import Sequence
 from nanogpt.engine.uniforms import uniforms
 from nanogpt.request import TokenLogprobs
 
+NO_TOKEN = -1  # there is none to sample
 MIN_TEMPERATURE = 1e-5  # below, logits / temperature could overflow; as good as greedy
 
 
@@ -33,11 +34,10 @@ class Sampler:
     ) -> tuple[list[int], list[TokenLogprobs | None]]:
         """Tokens and, for sequences that want them, log probabilities, parallel to `seqs`.
 
-        `logits` (B, vocab_rows) are the model's own; they are overwritten.
+        `logits` (B, vocab_rows) are the model's own; they are overwritten. A row that is not
+        finite, or in which every token is banned, gets NO_TOKEN.
         """
-        plan = self._plan
-        if plan.seqs != seqs:
-            plan = self._plan = _Plan([*seqs], self._eos_token_id, self._device)
+        plan = self._plan_for(seqs)
         logits = logits.float()
         reports = None
         if plan.report:
@@ -46,17 +46,25 @@ class Sampler:
         if self._vocab_size < self._vocab_rows:
             logits[:, self._vocab_size :] = -torch.inf
         plan.rules.apply(logits)
+        broken = ~logits.amax(-1).isfinite()
+        if bool(broken.any()):
+            logits[broken] = 0  # no distribution: let it pass without harm
         token_ids = self._choose(logits, plan)
         logprobs: list[TokenLogprobs | None] = [None] * len(seqs)
         if reports:
             entries = reports.of(token_ids[rows], plan.report_counts)
             for row, entry in zip(plan.report, entries, strict=True):
                 logprobs[row] = entry
-        return token_ids.tolist(), logprobs
+        return token_ids.masked_fill_(broken, NO_TOKEN).tolist(), logprobs
 
     def logprobs(self, logits: Tensor, *, top: bool) -> Logprobs:
         """Log probabilities for the model's own logits (R, vocab_rows); padding is no token."""
         return Logprobs(logits[:, : self._vocab_size].float(), top=top)
+
+    def _plan_for(self, seqs: list[Sequence]) -> "_Plan":
+        if self._plan.seqs != seqs:
+            self._plan = _Plan([*seqs], self._eos_token_id, self._device)
+        return self._plan
 
     def _choose(self, logits: Tensor, plan: "_Plan") -> Tensor:
         if len(plan.greedy) == len(logits):

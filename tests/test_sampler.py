@@ -1,0 +1,392 @@
+"""The sampler against naive references, row by row and in mixed batches."""
+
+import math
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nanogpt.engine.inverse_cdf import draw, draw_filtered, padded_width
+from nanogpt.engine.sampler import NO_TOKEN, Sampler, argmax
+from nanogpt.engine.sequence import Sequence
+from nanogpt.engine.uniforms import uniforms
+from tests.engine_utils import request
+
+CONTEXT = 1024
+ROWS, SIZE = 300, 290  # rows of the matrix, tokens among them
+EOS = 7
+
+
+def sampler(rows: int = ROWS, size: int = SIZE) -> Sampler:
+    return Sampler(vocab_rows=rows, vocab_size=size, eos_token_id=EOS, device=torch.device("cpu"))
+
+
+def sequence(
+    prompt: tuple[int, ...] = (1, 2, 3),
+    output: tuple[int, ...] = (),
+    choice: int = 0,
+    **params: Any,
+) -> Sequence:
+    req = request("r", [*prompt], n=choice + 1, **{"max_tokens": 900, **params})
+    seq = Sequence(req, choice, arrival=0, context_length=CONTEXT)
+    for token_id in output:
+        seq.append(token_id)
+    return seq
+
+
+def logits_of(count: int, seed: int = 0, rows: int = ROWS, scale: float = 3.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, rows, generator=generator) * scale
+
+
+def sample(logits: Tensor, *seqs: Sequence) -> list[int]:
+    return sampler(logits.size(1), min(SIZE, logits.size(1))).sample(logits.clone(), [*seqs])[0]
+
+
+# Uniforms
+
+
+def test_uniforms_are_a_pure_function_and_longer_rows_begin_with_shorter_ones() -> None:
+    long = uniforms(5, 2, 3, 100)
+    assert (uniforms(5, 2, 3, 40) == long[:40]).all()
+    assert ((long >= 0) & (long < 1)).all()
+
+
+def test_streams_of_seeds_prompts_and_choices_are_different() -> None:
+    keys = [(s, p, c) for s in (-1, 0, 1, 2**63 - 1) for p in (0, 1, 2) for c in (0, 1, 127)]
+    assert len({tuple(uniforms(*key, 4)) for key in keys}) == len(keys)
+
+
+def test_a_resumed_choice_draws_what_it_would_have_drawn() -> None:
+    logits = logits_of(1)
+    whole = sequence(output=(4, 5, 6))
+    resumed = Sequence(
+        request("r", [1, 2, 3], resumed=((4, 5, 6),), max_tokens=900),
+        0,
+        arrival=9,
+        context_length=CONTEXT,
+    )
+    assert sample(logits, whole) == sample(logits, resumed)
+
+
+# Distribution
+
+
+def test_chi_square_of_plain_sampling() -> None:
+    """5000 draws from a fixed seed; the 99.9 % quantile for 39 degrees of freedom is 72.1."""
+    logits = logits_of(1, seed=3, rows=40, scale=1.0)
+    count = 5000
+    u = torch.from_numpy(uniforms(11, 0, 0, count))
+    probs = torch.zeros(1, padded_width(40))
+    probs[:, :40] = logits.softmax(-1)
+    ids = draw(probs.expand(count, -1).contiguous(), u)
+    seen = torch.bincount(ids, minlength=40).double()
+    expected = probs[0, :40].double() * count
+    assert float(((seen - expected) ** 2 / expected).sum()) < 72.1
+
+
+@pytest.mark.parametrize("rows", [40, 128, 300, 1000])
+def test_draw_equals_a_walk_over_the_cumulative_sum(rows: int) -> None:
+    probs = torch.zeros(200, padded_width(rows))
+    probs[:, :rows] = logits_of(200, seed=rows, rows=rows).softmax(-1)
+    u = torch.from_numpy(uniforms(1, 0, 0, 200))
+    ids = draw(probs, u)
+    for row in range(200):
+        cdf = np.cumsum(probs[row].double().numpy())
+        slack = 1e-6  # sums are rounded in other places
+        assert cdf[ids[row]] > u[row] * cdf[-1] - slack
+        assert cdf[ids[row]] - float(probs[row, ids[row]]) <= u[row] * cdf[-1] + slack
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    allowed=st.sets(st.integers(0, 299), min_size=1, max_size=4),
+    u=st.sampled_from([0.0, 5e-324, 0.5, 1 - 2**-53, math.nextafter(1, 0)]),
+    scale=st.sampled_from([1e-30, 1.0, 50.0]),
+)
+def test_a_token_without_probability_is_never_drawn(
+    allowed: set[int], u: float, scale: float
+) -> None:
+    logits = torch.full((1, 300), -torch.inf)
+    for token_id in allowed:
+        logits[0, token_id] = (token_id % 7) * scale
+    probs = torch.zeros(1, padded_width(300))
+    probs[:, :300] = logits.softmax(-1)
+    one = torch.ones(1, dtype=torch.float64)
+    uniform = one * u
+    assert probs[0, int(draw(probs, uniform))] > 0
+    ids = draw_filtered(probs[:, :300], uniform, torch.tensor([0]), one * 0.999, one * 0)
+    assert probs[0, int(ids)] > 0
+
+
+def test_padding_is_never_sampled() -> None:
+    logits = logits_of(4)
+    logits[:, SIZE:] = 100.0
+    seqs = [
+        sequence(temperature=0.0),
+        sequence(),
+        sequence(top_k=5),
+        sequence(temperature=2.0, logprobs=20),
+    ]
+    token_ids, logprobs = sampler().sample(logits, seqs)
+    assert max(token_ids) < SIZE
+    assert logprobs[3] is not None
+    assert max(logprobs[3].top_ids) < SIZE
+
+
+# Filters
+
+
+def kept_by(probs: Tensor, top_k: int, top_p: float, min_p: float) -> list[int]:
+    """Ids that may be drawn, likeliest first; written down from the definition."""
+    least = np.float32(min_p) * float(probs.max())
+    values = probs.tolist()
+    ranked = sorted(range(len(values)), key=lambda i: (-values[i], i))
+    ranked = [i for i in ranked if values[i] >= least]
+    if top_k:
+        ranked = ranked[:top_k]
+    mass = math.fsum(values[i] for i in ranked) if top_k or min_p else 1.0
+    kept: list[int] = []
+    above = 0.0
+    for i in ranked:
+        if kept and top_p < 1 and above >= top_p * mass:
+            break
+        kept.append(i)
+        above += values[i]
+    return kept
+
+
+@pytest.mark.parametrize("rows", [300, 3000])
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "min_p"),
+    [
+        (1, 1.0, 0.0),
+        (5, 1.0, 0.0),
+        (2000, 1.0, 0.0),
+        (0, 0.0, 0.0),
+        (0, 0.3, 0.0),
+        (0, 0.95, 0.0),
+        (0, 0.9999, 0.0),
+        (0, 1.0, 0.05),
+        (0, 1.0, 1.0),
+        (0, 1.0, 1e-8),
+        (0, 0.8, 1e-8),
+        (10, 0.8, 0.02),
+        (1500, 0.5, 0.0),
+    ],
+)
+def test_filters_equal_their_definition(rows: int, top_k: int, top_p: float, min_p: float) -> None:
+    count = 400
+    probs = logits_of(1, seed=rows, rows=rows, scale=1.5).softmax(-1)
+    u = torch.linspace(0, 1 - 2**-53, count, dtype=torch.float64)
+    one = torch.ones(count, dtype=torch.float64)
+    ids = draw_filtered(
+        probs.expand(count, -1).contiguous(), u, one.long() * top_k, one * top_p, one * min_p
+    ).tolist()
+    kept = kept_by(probs[0], top_k, top_p, min_p)
+    place = {token_id: i for i, token_id in enumerate(reversed(kept))}
+    assert set(ids) <= set(kept)
+    assert kept[0] in ids
+    # The walk goes from the unlikeliest kept token to the likeliest, in steps of their shares.
+    share = np.array([float(probs[0, i]) for i in reversed(kept)])
+    ends = np.cumsum(share) / share.sum()
+    for uniform, token_id in zip(u.tolist(), ids, strict=True):
+        at = place[token_id]
+        assert ends[at] - share[at] / share.sum() - 1e-6 <= uniform <= ends[at] + 1e-6
+
+
+def test_of_equally_likely_tokens_those_with_lower_ids_are_kept() -> None:
+    probs = torch.full((50, 2000), 1 / 2000)
+    u = torch.linspace(0, 0.999, 50, dtype=torch.float64)
+    one = torch.ones(50, dtype=torch.float64)
+    by_k = draw_filtered(probs, u, one.long() * 3, one, one * 0)
+    assert set(by_k.tolist()) == {0, 1, 2}
+    by_p = draw_filtered(probs, u, one.long() * 0, one * (2.5 / 2000), one * 0)
+    assert set(by_p.tolist()) == {0, 1, 2}
+
+
+# Greedy
+
+
+def test_greedy_takes_the_lowest_of_equal_ids() -> None:
+    for rows in (300, 256):
+        logits = torch.zeros(3, rows)
+        logits[0, [5, 200, 201]] = 2.0
+        logits[1, [131, 130, 255]] = 2.0
+        assert argmax(logits).tolist() == [5, 130, 0]
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-300, 1e-3])
+def test_tiny_temperatures_are_greedy_without_overflow(temperature: float) -> None:
+    logits = logits_of(1, scale=100.0)
+    best = int(logits[0, :SIZE].argmax())
+    for choice in range(5):
+        assert sample(logits, sequence(temperature=temperature, choice=choice)) == [best]
+        assert sample(logits, sequence(temperature=temperature, top_p=0.5)) == [best]
+
+
+# Penalties, bias, bans
+
+
+def adjusted(logits: Tensor, seq: Sequence) -> list[float]:
+    """The rules one token at a time, in plain Python."""
+    p, out = seq.params, [float(x) for x in logits]
+    prompt, output = seq.tokens[: seq.prompt_len], seq.tokens[seq.prompt_len :]
+    for i in range(len(out)):
+        count = output.count(i)
+        if i in prompt or count:
+            out[i] = out[i] / p.repetition_penalty if out[i] > 0 else out[i] * p.repetition_penalty
+        out[i] -= count * p.frequency_penalty + (count > 0) * p.presence_penalty
+        out[i] += p.logit_bias.get(i, 0.0)
+        banned = {EOS, *p.stop_token_ids} if not p.ignore_eos else {*p.stop_token_ids}
+        if len(output) < p.min_tokens and i in banned:
+            out[i] = -math.inf
+    return out
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": -0.7},
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 0.8, "presence_penalty": -2.0, "frequency_penalty": 0.3},
+        {"logit_bias": {3: 1.5, 100: -2.0, 289: 4.0}},
+        {"min_tokens": 6, "stop_token_ids": (4, 9), "logit_bias": {4: 50.0, EOS: 60.0}},
+        {"min_tokens": 6, "stop_token_ids": (4,), "ignore_eos": True, "logit_bias": {EOS: 60.0}},
+        {"min_tokens": 5, "stop_token_ids": (4,), "logit_bias": {4: 50.0}},
+    ],
+)
+def test_rules_equal_a_naive_reference(params: dict[str, Any]) -> None:
+    output = (4, 4, 250, 2, 4)
+    logits = logits_of(1, seed=5)[0, :SIZE]
+    seq = sequence(output=output, temperature=0.0, **params)
+    changed = logits.clone()[None]
+    sampler(SIZE)._plan_for([seq]).rules.apply(changed)
+    assert changed[0].tolist() == pytest.approx(adjusted(logits, seq), abs=1e-5)
+    assert sample(logits[None], seq) == [int(np.argmax(adjusted(logits, seq)))]
+
+
+def test_penalties_follow_the_output() -> None:
+    logits = torch.zeros(1, SIZE)
+    logits[0, 5], logits[0, 6] = 1.0, 0.5
+    seq, subject = sequence(temperature=0.0, frequency_penalty=0.3), sampler(SIZE)
+    tokens = []
+    for _ in range(6):
+        (token_id,), _ = subject.sample(logits.clone(), [seq])
+        tokens.append(token_id)
+        seq.append(token_id)
+    assert tokens == [5, 5, 6, 5, 6, 5]
+
+
+def test_bias_of_100_decides() -> None:
+    logits = logits_of(1)
+    best = int(logits[0, :SIZE].argmax())
+    for choice in range(20):
+        assert sample(logits, sequence(choice=choice, logit_bias={42: 100.0})) == [42]
+        (token_id,) = sample(logits, sequence(choice=choice, logit_bias={best: -100.0}))
+        assert token_id != best
+
+
+# Log probabilities
+
+
+def test_logprobs_are_those_of_the_model_itself() -> None:
+    logits = logits_of(3)
+    expected = logits[:, :SIZE].log_softmax(-1)
+    seqs = [
+        sequence(temperature=0.3, logit_bias={5: 100.0}, logprobs=3),
+        sequence(),
+        sequence(temperature=0.0, logprobs=0),
+    ]
+    token_ids, entries = sampler().sample(logits.clone(), seqs)
+    assert entries[1] is None
+    first, last = entries[0], entries[2]
+    assert first is not None
+    assert last is not None
+    assert token_ids[0] == 5
+    assert first.logprob == pytest.approx(float(expected[0, 5]))
+    values, ids = expected[0].topk(3)
+    assert first.top_ids == tuple(ids.tolist())
+    assert first.top_logprobs == pytest.approx(values.tolist())
+    assert last.logprob == pytest.approx(float(expected[2].max()))
+    assert last.top_ids == ()
+
+
+def test_the_sampled_token_has_the_same_float_in_the_top_list() -> None:
+    for seed in range(20):
+        seq = sequence(temperature=0.0, logprobs=5)
+        (token_id,), (entry,) = sampler().sample(logits_of(1, seed), [seq])
+        assert entry is not None
+        assert entry.top_ids[0] == token_id
+        assert entry.top_logprobs[0] == entry.logprob
+
+
+def test_logprobs_are_finite() -> None:
+    logits = torch.full((1, 40), -1e30)
+    logits[0, 3] = 0.0
+    _, (entry,) = sampler(40, 30).sample(logits, [sequence(temperature=0.0, logprobs=20)])
+    assert entry is not None
+    assert entry.top_ids[0] == 3
+    assert min(entry.top_logprobs) == -9999.0
+
+
+# Rows are independent
+
+
+def random_sequence(rng: random.Random) -> Sequence:
+    params: dict[str, Any] = {"seed": rng.randrange(10**9)}
+    options: list[dict[str, Any]] = [
+        {"temperature": rng.choice([0.0, 0.5, 1e-6, 1.7])},
+        {"top_k": rng.choice([1, 10, 2000])},
+        {"top_p": rng.choice([0.0, 0.5, 0.99, 0.99999])},
+        {"min_p": rng.choice([1e-9, 0.01, 0.5])},
+        {"presence_penalty": 0.7, "frequency_penalty": -0.2},
+        {"repetition_penalty": 1.2},
+        {"logit_bias": {rng.randrange(SIZE): 3.0 for _ in range(4)}},
+        {"min_tokens": 4, "stop_token_ids": (rng.randrange(SIZE),)},
+        {"logprobs": rng.choice([0, 1, 20])},
+    ]
+    for option in options:
+        if rng.random() < 0.3:
+            params |= option
+    output = tuple(rng.randrange(SIZE) for _ in range(rng.randrange(8)))
+    return sequence(output=output, choice=rng.randrange(3), **params)
+
+
+@pytest.mark.parametrize("rows", [300, 2560])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_does_not_depend_on_the_others(rows: int, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rng = random.Random(rows)
+        subject = sampler(rows)
+        for trial in range(15):
+            count = rng.randint(2, 24)
+            logits = logits_of(count, trial, rows).bfloat16().float()  # with many equal values
+            seqs = [random_sequence(rng) for _ in range(count)]
+            together = subject.sample(logits.clone(), seqs)
+            for row in range(count):
+                single = subject.sample(logits[row : row + 1].clone(), seqs[row : row + 1])
+                assert single == ([together[0][row]], [together[1][row]])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_row_that_is_no_distribution_leaves_the_others_alone(poison: float) -> None:
+    logits = logits_of(3)
+    seqs = [sequence(), sequence(top_p=0.9, logprobs=2), sequence(temperature=0.0)]
+    expected = sample(logits, *seqs)
+    for row in range(3):
+        broken = logits.clone()
+        broken[row, :SIZE] = poison
+        want = [*expected]
+        want[row] = NO_TOKEN
+        assert sample(broken, *seqs) == want
