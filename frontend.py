@@ -5,7 +5,6 @@ socket when the worker dies. The application, with its cluster client and thread
 worker, since neither sockets of ZeroMQ nor threads survive a fork.
 """
 
-import argparse
 import contextlib
 import logging
 import math
@@ -35,7 +34,7 @@ from nanogpt.api.decode import clip
 from nanogpt.api.service import JSON, Answer, Service
 from nanogpt.cluster.client import ClusterStatus
 from nanogpt.cluster.connect import connect
-from nanogpt.cluster.keeper import LOCK
+from nanogpt.cluster.keeper import LOCK, OWNER_VARIABLE
 from nanogpt.config import HttpConfig
 from nanogpt.errors import ApiError, StartupError
 from nanogpt.registry import ModelInfo
@@ -102,6 +101,14 @@ def _add_routes(app: flask.Flask, service: Service) -> None:
     @app.get("/metrics")
     def metrics_text() -> flask.Response:
         return _response(Answer(service.metrics.render(), content_type=metrics.CONTENT_TYPE))
+
+    @app.get("/openapi.json")
+    def openapi() -> flask.Response:
+        return _response(service.openapi())
+
+    @app.get("/docs")
+    def docs() -> flask.Response:
+        return _response(service.docs())
 
 
 def _response(answer: Answer) -> flask.Response:
@@ -229,7 +236,7 @@ class Worker(ThreadWorker):
     """Drains on SIGTERM, and answers in JSON when a request is not even HTTP."""
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        if self.alive:
+        if self.alive and self.app.service is not None:
             self.app.service.drain()
         super().handle_exit(sig, frame)
 
@@ -268,6 +275,7 @@ class _Application(BaseApplication):
     ) -> None:
         self._listener, self._make_cluster, self._settings = listener, make_cluster, settings
         self._cluster: Cluster | None = None
+        self.service: Service | None = None
         super().__init__()
 
     def load_config(self) -> None:
@@ -297,7 +305,7 @@ class _Application(BaseApplication):
     def load(self) -> flask.Flask:
         self._cluster = self._make_cluster()
         app = create_app(self._cluster, self._settings)
-        self.service: Service = app.extensions["nanogpt"]
+        self.service = app.extensions["nanogpt"]
         return app
 
     def _close(self) -> None:
@@ -329,42 +337,39 @@ def run(host: str, port: int, make_cluster: Callable[[], Cluster], settings: Htt
     serve(listen(host, port), make_cluster, settings)
 
 
-def main(argv: list[str]) -> None:
-    """Started by rank 0: `frontend.py --owner-pid PID [the options of launch.sh]`."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--owner-pid", type=int, required=True, help="leave with this process")
-    given, rest = parser.parse_known_args(argv)
-    config = options.parse_or_exit(rest)
+def main(argv: list[str]) -> int:
+    """What rank 0 starts, with its own options: see nanogpt/cluster/keeper.py."""
+    config = options.parse_or_exit(argv)
     logging_setup.set_up(config.log_level, "front end")
     run_dir = RunDir.open(config.host, config.port)
     if not run_dir.lock(LOCK):
-        raise SystemExit(0)  # another one is alive
+        log.info("another front end is alive: leaving it to that one")
+        return 0
+    owner_pid = int(os.environ[OWNER_VARIABLE])
 
-    def announce(status: ClusterStatus, models: dict[str, ModelInfo]) -> None:
-        names = ", ".join(sorted(models))
+    def ready(status: ClusterStatus, models: dict[str, ModelInfo]) -> None:
         host = f"[{config.host}]" if ":" in config.host else config.host
+        names = ", ".join(sorted(models))
         print(
             f"ready: http://{host}:{config.port}  models: {names}  ranks: {status.ranks}",
             flush=True,
         )
 
+    def orphaned() -> None:
+        log.error("the launcher is gone: leaving too")
+        os.kill(os.getppid(), signal.SIGQUIT)  # the master: at once, since nobody generates
+
     def make_cluster() -> Cluster:
-        master = os.getppid()
-        return connect(
-            config,
-            run_dir,
-            owner_pid=given.owner_pid,
-            on_ready=announce,
-            on_orphaned=lambda: os.kill(master, signal.SIGTERM),
-        )
+        return connect(config, run_dir, owner_pid=owner_pid, on_ready=ready, on_orphaned=orphaned)
 
     try:
         run(config.host, config.port, make_cluster, config.http)
     except StartupError as error:
         run_dir.set_fatal(str(error))
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ import sys
 
 from nanogpt import log as logging_setup
 from nanogpt import options, process
-from nanogpt.cluster.keeper import FrontEndKeeper
+from nanogpt.cluster.keeper import OWNER_VARIABLE, FrontEndKeeper
 from nanogpt.config import ServeConfig
 from nanogpt.errors import StartupError
 from nanogpt.ranks import Ranks
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
         process.keep_freed_memory()
         logging_setup.set_up(config.log_level, f"rank {ranks.rank}")
         run_dir = RunDir.open(config.host, config.port)
-        owner = int(os.environ.get("NANOGPT_OWNER_PID", os.getppid()))
+        owner = int(os.environ.get(OWNER_VARIABLE, os.getppid()))
         keeper = FrontEndKeeper(run_dir, argv, owner)
         if ranks.rank == 0:
             keeper.ensure()

@@ -18,7 +18,7 @@ from types import FrameType
 
 from nanogpt import log as logging_setup
 from nanogpt import options, process, registry
-from nanogpt.cluster.keeper import LOCK
+from nanogpt.cluster.keeper import LOCK, OWNER_VARIABLE
 from nanogpt.config import PROJECT, ServeConfig
 from nanogpt.errors import StartupError
 from nanogpt.rundir import RunDir
@@ -94,7 +94,7 @@ class Torchrun:
         ]
         self._environ = {
             **os.environ,
-            "NANOGPT_OWNER_PID": str(os.getpid()),
+            OWNER_VARIABLE: str(os.getpid()),
             # Without it most restarts of the group hang on stale keys in the agent's store.
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             "OMP_NUM_THREADS": os.environ.get(

@@ -1,6 +1,7 @@
 """Rank 0 starts the front end, and starts another when it is gone."""
 
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from nanogpt.rundir import RunDir
 log = logging.getLogger(__name__)
 
 LOCK = "frontend"
+OWNER_VARIABLE = "NANOGPT_OWNER_PID"  # the process with which everything ends
 CHECK_S = 0.5
 _MIN_LIFE_S = 2.0  # a front end that lives shorter is not replaced sooner than this
 
@@ -26,10 +28,9 @@ class FrontEndKeeper:
         self._command = [
             sys.executable,
             str(PROJECT / "frontend.py"),
-            "--owner-pid",
-            str(owner_pid),
             *argv,
         ]
+        self._environ = {**os.environ, OWNER_VARIABLE: str(owner_pid)}
         self._child: subprocess.Popen[bytes] | None = None
         self._started = 0.0
         self._checked = 0.0
@@ -52,5 +53,8 @@ class FrontEndKeeper:
             log.error("the front end is gone (exit code %s): starting another", code)
         self._started = now
         self._child = subprocess.Popen(
-            self._command, stdin=subprocess.DEVNULL, start_new_session=True
+            self._command,
+            env=self._environ,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
