@@ -21,6 +21,10 @@ class BPEFiles(NamedTuple):
     def n_vocab(self) -> int:
         return len(self.ranks) + len(self.special)
 
+    @property
+    def end_of_text(self) -> int:
+        return self.special[END_OF_TEXT]
+
     def token_bytes(self) -> list[bytes]:
         """The bytes of each id, in order."""
         by_id = {i: b for b, i in self.ranks.items()}

@@ -98,7 +98,7 @@ class BPETokenizer(_Table):
             special_tokens=files.special,
             explicit_n_vocab=self.n_vocab,
         )
-        self.start_token_id = files.special[END_OF_TEXT]
+        self.start_token_id = files.end_of_text
         self.eos_token_id: int | None = self.start_token_id
         after = "|".join(map(re.escape, files.special))
         self._long_space = re.compile(rf"(?<!{_SPACE}){_SPACE}{{{_LONG_RUN},}}+(?!{after}|\Z)")

@@ -1,0 +1,60 @@
+"""Weights that come under our own names, whatever the file, made into a model."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from nanogpt.errors import CheckpointError
+from nanogpt.model.gpt import GPT, GPTConfig
+
+TIED = "lm_head.weight"  # the same tensor as wte.weight
+
+Reader = Callable[[], Tensor]
+
+
+def given(tensor: Tensor) -> Reader:
+    return lambda: tensor
+
+
+def assemble(
+    where: str,
+    config: GPTConfig,
+    readers: Mapping[str, Reader],
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> GPT:
+    """A model in evaluation mode with memory of its own, filled one tensor at a time.
+
+    `readers` give the tensors by our names, perhaps transposed views of a mapped file: no more is
+    needed beyond the file than the model and one tensor. Raises CheckpointError, beginning with
+    `where`, for a tensor that is missing, extra, of another shape, or not of floating point.
+    """
+    with torch.device("meta"):
+        model = GPT(config)
+    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name != TIED}
+    if missing := sorted(shapes.keys() - readers.keys()):
+        raise CheckpointError(f"{where} lacks the tensor {missing[0]} ({len(missing)} in all)")
+    if extra := sorted(readers.keys() - shapes.keys()):
+        raise CheckpointError(f"{where} has a tensor {extra[0]} that is not one of GPT-2's")
+    weights = {}
+    for name, shape in shapes.items():
+        tensor = readers[name]()
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"{where}: {name} is {tuple(tensor.shape)}, but its configuration asks for {shape}"
+            )
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{where}: {name} is of {tensor.dtype}; quantised weights are not supported"
+            )
+        weights[name] = _own(tensor, dtype, device)
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.lm_head.weight = model.wte.weight
+    return model.eval().requires_grad_(False)
+
+
+def _own(tensor: Tensor, dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    """A contiguous copy: the file may be written anew while the model is in use."""
+    own = torch.empty(tensor.shape, dtype=dtype, device=device)
+    return own.copy_(tensor)
