@@ -29,7 +29,7 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """A table of the configuration file."""
 
 
-class EngineConfig(Section):
+class EngineConfig(Section, frozen=True, kw_only=True):
     """Memory and batching of each model on each rank."""
 
     kv_memory_gib: Annotated[float, Meta(ge=0)] = 0.0  # for all models of a rank; 0: planned
@@ -38,7 +38,7 @@ class EngineConfig(Section):
     max_batch_tokens: Annotated[int, Meta(ge=16, le=65536)] = 512  # tokens of one step
 
 
-class ClusterConfig(Section):
+class ClusterConfig(Section, frozen=True, kw_only=True):
     """How ranks are watched, and brought back."""
 
     heartbeat_s: Seconds = 1.0
@@ -47,7 +47,7 @@ class ClusterConfig(Section):
     max_restarts: Annotated[int, Meta(ge=0)] = 1_000_000
 
 
-class HttpConfig(Section):
+class HttpConfig(Section, frozen=True, kw_only=True):
     """The front end's limits."""
 
     threads: Annotated[int, Meta(ge=4, le=4096)] = 640  # requests in progress at once
@@ -56,7 +56,7 @@ class HttpConfig(Section):
     cors_origins: tuple[str, ...] = ()
 
 
-class ServeConfig(Section):
+class ServeConfig(Section, frozen=True, kw_only=True):
     """Everything that serving needs, as one frozen value."""
 
     host: str = "127.0.0.1"

@@ -81,7 +81,7 @@ class Torchrun:
         self._command = [
             sys.executable,
             "-m",
-            "torch.distributed.run",
+            "nanogpt.agent",
             f"--nnodes={config.nnodes}",
             f"--nproc-per-node={ranks}",
             "--rdzv-backend=c10d",
@@ -103,6 +103,7 @@ class Torchrun:
         }
         if config.nnodes == 1:
             self._environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        self._environ.setdefault("LOGLEVEL", "ERROR")  # torchrun's own; ours is log_level
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:

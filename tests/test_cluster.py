@@ -178,8 +178,16 @@ def test_failure_ends_every_open_choice():
 
 
 class Killed(list):
+    ended: frozenset[int] = frozenset()
+
     def watch(self) -> Watch:
-        return Watch(watchdog_s=3, stuck_s=60, open_pid=lambda pid: pid, kill=self.append)
+        return Watch(
+            watchdog_s=3,
+            stuck_s=60,
+            open_pid=lambda pid: pid,
+            has_ended=lambda pid: pid in self.ended,
+            kill=self.append,
+        )
 
 
 def test_watch_kills_a_silent_rank_once():
@@ -213,6 +221,17 @@ def test_watch_ends_the_group_for_a_rank_on_another_node():
     watch.beat(0, 0.0, now=5.0)
     assert watch.check(now=5.0) == [1]
     assert killed == [100]
+
+
+def test_watch_leaves_a_group_alone_whose_rank_died():
+    """torchrun is ending it: silence of the others is no news, and no reason to say they hang."""
+    killed = Killed()
+    watch = killed.watch()
+    watch.join(0, 0, 100, now=0.0)
+    watch.join(1, 0, 101, now=0.0)
+    killed.ended = frozenset({101})
+    assert watch.check(now=5.0) == []
+    assert killed == []
 
 
 # The client, over real sockets, with ranks that the test plays

@@ -6,6 +6,7 @@ alive to torchrun; but its beats stop, or say that its loop no longer turns.
 
 import logging
 import os
+import select
 import signal
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,6 +27,12 @@ def _open(pid: int) -> int | None:
         return None
 
 
+def _has_ended(pidfd: int) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def _kill(pidfd: int) -> None:
     try:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
@@ -43,10 +50,11 @@ class Watch:
         stuck_s: float,
         node: int = 0,
         open_pid: Callable[[int], int | None] = _open,
+        has_ended: Callable[[int], bool] = _has_ended,
         kill: Callable[[int], None] = _kill,
     ) -> None:
         self._watchdog_s, self._stuck_s, self._node = watchdog_s, stuck_s, node
-        self._open_pid, self._kill = open_pid, kill
+        self._open_pid, self._has_ended, self._kill = open_pid, has_ended, kill
         self._ranks: dict[int, _Rank] = {}
         self._heard: dict[int, float] = {}
         self._idle: dict[int, float] = {}
@@ -84,17 +92,21 @@ class Watch:
             for rank, heard in self._heard.items()
             if now - heard > self._watchdog_s or self._idle.get(rank, 0.0) > self._stuck_s
         ]
+        if not hanging:
+            return []
+        self._given_up = True
+        if any(p is not None and self._has_ended(p) for _, _, p in self._ranks.values()):
+            return []  # a rank died: torchrun has noticed, and is ending the others
         for rank in hanging:
-            self._given_up = True
             log.error(
                 "rank %d hangs (silent for %.1f s, last turn %.1f s before): killed",
                 rank,
                 now - self._heard[rank],
                 self._idle.get(rank, 0.0),
             )
-            target = self._ranks.get(rank)
-            if target is None or target.pidfd is None:
-                target = self._ranks.get(0)
-            if target is not None and target.pidfd is not None:
+            target = self._ranks[rank]
+            if target.pidfd is None:
+                target = self._ranks[0]
+            if target.pidfd is not None:
                 self._kill(target.pidfd)
         return hanging
