@@ -96,14 +96,20 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """Uninitialised: weights are loaded, or set by `init_weights`. torch's own initialisation, on
+    the meta device, imports its compiler: two seconds of every start."""
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
+
+
 class GPT(nn.Module):
     """Decoder-only transformer with learned positions and a head tied to the token embedding."""
 
     def __init__(self, config: GPTConfig, dropout: float = 0.0) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = _embedding(config.vocab_size, config.n_embd)
+        self.wpe = _embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(dropout)
         self.h = nn.ModuleList(Block(config, i, dropout) for i in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
