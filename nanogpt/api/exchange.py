@@ -38,6 +38,7 @@ class Exchange:
         self._is_client_gone, self._must_end = is_client_gone, must_end
         self._metrics = metrics
         self._started = started
+        self._look_at = 0.0
         self._last: dict[int, float] = {}  # when each choice had its latest tokens
         self.first_token_s: float | None = None
         model = plan.request.model
@@ -54,13 +55,7 @@ class Exchange:
         end before the request does.
         """
         while not self.assembler.done:
-            if self._is_client_gone():
-                raise ClientGone
-            if self._must_end():
-                raise Unavailable(
-                    "the server shut down before this request was complete; send it again",
-                    code="draining",
-                )
+            self._look_around()
             events = self.handle.events(POLL_S)
             if not events:
                 yield None
@@ -70,6 +65,20 @@ class Exchange:
             for index in stopped:
                 self.handle.cancel(index)
             yield deltas
+
+    def _look_around(self) -> None:
+        """Each second, not each token: with hundreds of threads a system call costs a turn."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + POLL_S
+        if self._is_client_gone():
+            raise ClientGone
+        if self._must_end():
+            raise Unavailable(
+                "the server shut down before this request was complete; send it again",
+                code="draining",
+            )
 
     def _measure(self, events: Sequence[EngineEvent]) -> None:
         now = time.monotonic()

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from nanogpt.api import client_socket, errors
+from nanogpt.api import client_socket, docs_page, errors, openapi
 from nanogpt.api.assemble import Assembler
 from nanogpt.api.backend import Cluster
 from nanogpt.api.decode import check_content_type, decode
@@ -157,6 +157,14 @@ class Service:
             models=sorted(self._cluster.models()),
         )
         return Answer(encode(body), 200 if status.ready else 503)
+
+    def openapi(self) -> Answer:
+        return Answer(encode(openapi.document()))
+
+    def docs(self) -> Answer:
+        page = docs_page.render(openapi.document())
+        headers = {"Content-Security-Policy": docs_page.SECURITY_POLICY}
+        return Answer(page.encode(), content_type="text/html; charset=utf-8", headers=headers)
 
 
 def _ranks(shown: str | None) -> dict[str, str]:

@@ -1,0 +1,188 @@
+"""The contract as OpenAPI 3.1, made from the structs that validate requests and shape answers."""
+
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from nanogpt import __version__
+from nanogpt.api import objects
+from nanogpt.api.protocol import CompletionRequest, DetokenizeRequest, TokenizeRequest
+
+_REQUESTS = (CompletionRequest, TokenizeRequest, DetokenizeRequest)
+
+
+class Operation(Struct, frozen=True, kw_only=True):
+    """One route. `errors`: statuses that answer with an error object."""
+
+    method: str
+    path: str
+    summary: str
+    answer: type[Struct] | str  # a struct as JSON, or a content type
+    body: type[Struct] | None = None
+    query: tuple[str, ...] = ()
+    errors: tuple[int, ...] = (500,)
+    streams: bool = False
+    also_answers: tuple[int, ...] = ()  # further statuses with the same object
+
+
+_BODY_ERRORS = (400, 404, 413, 415, 500, 503)
+
+OPERATIONS = (
+    Operation(
+        method="post",
+        path="/v1/completions",
+        summary="Complete one or more prompts, at once or as a stream of server-sent events.",
+        body=CompletionRequest,
+        answer=objects.Completion,
+        errors=_BODY_ERRORS,
+        streams=True,
+    ),
+    Operation(
+        method="get",
+        path="/v1/models",
+        summary="The models that are loaded.",
+        answer=objects.ModelList,
+    ),
+    Operation(
+        method="get",
+        path="/v1/models/{id}",
+        summary="One model. Its name may contain slashes.",
+        answer=objects.Model,
+        errors=(404, 500, 503),
+    ),
+    Operation(
+        method="post",
+        path="/tokenize",
+        summary="Text to token ids. Without model: the only one that is loaded.",
+        body=TokenizeRequest,
+        answer=objects.TokenizeResponse,
+        errors=_BODY_ERRORS,
+    ),
+    Operation(
+        method="post",
+        path="/detokenize",
+        summary="Token ids to text.",
+        body=DetokenizeRequest,
+        answer=objects.DetokenizeResponse,
+        errors=_BODY_ERRORS,
+    ),
+    Operation(
+        method="get",
+        path="/tokenizer_info",
+        summary="Special tokens and limits of a tokenizer.",
+        answer=objects.TokenizerInfo,
+        query=("model",),
+        errors=(400, 404, 500, 503),
+    ),
+    Operation(
+        method="get",
+        path="/health",
+        summary="200 while this process answers.",
+        answer=objects.Health,
+    ),
+    Operation(
+        method="get",
+        path="/ready",
+        summary="200 while a model answers, else 503.",
+        answer=objects.Readiness,
+        also_answers=(503,),
+    ),
+    Operation(
+        method="get",
+        path="/metrics",
+        summary="Counters, gauges and histograms for Prometheus.",
+        answer="text/plain",
+    ),
+    Operation(
+        method="get",
+        path="/openapi.json",
+        summary="This contract as OpenAPI 3.1.",
+        answer="application/json",
+    ),
+    Operation(method="get", path="/docs", summary="This contract as a page.", answer="text/html"),
+)
+
+
+def document() -> dict[str, Any]:
+    """The whole OpenAPI document."""
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in OPERATIONS:
+        paths.setdefault(operation.path, {})[operation.method] = _operation(operation)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "nanoGPT and GPT-2 behind OpenAI's completions API",
+            "version": __version__,
+        },
+        "paths": paths,
+        "components": {"schemas": _schemas()},
+    }
+
+
+def _schemas() -> dict[str, Any]:
+    answers = [o.answer for o in OPERATIONS if not isinstance(o.answer, str)]
+    kinds = [*_REQUESTS, *answers, objects.ErrorResponse]
+    _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    for kind in _REQUESTS:
+        _allow_null(schemas[kind.__name__])
+    return schemas
+
+
+def _allow_null(schema: dict[str, Any]) -> None:
+    """In a request null stands for the default of every field that has one (see decode.py)."""
+    for name, field in schema["properties"].items():
+        if name in schema["required"]:
+            continue
+        if {"type": "null"} in field.get("anyOf", ()):
+            continue
+        outer = {k: field.pop(k) for k in ("default", "description") if k in field}
+        schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **outer}
+
+
+def _ref(kind: type[Struct]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{kind.__name__}"}
+
+
+def _operation(operation: Operation) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "summary": operation.summary,
+        "operationId": f"{operation.method}_{operation.path.strip('/')}".replace("/", "_"),
+        "responses": _responses(operation),
+    }
+    if operation.body is not None:
+        described["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": _ref(operation.body)}},
+        }
+    parameters = [("query", name) for name in operation.query]
+    parameters += [("path", "id")] if "{id}" in operation.path else []
+    if parameters:
+        described["parameters"] = [
+            {"in": where, "name": name, "required": where == "path", "schema": {"type": "string"}}
+            for where, name in parameters
+        ]
+    return described
+
+
+def _responses(operation: Operation) -> dict[str, Any]:
+    if isinstance(operation.answer, str):
+        content: dict[str, Any] = {operation.answer: {}}
+    else:
+        content = {"application/json": {"schema": _ref(operation.answer)}}
+    if operation.streams:
+        content["text/event-stream"] = {
+            "schema": {
+                "type": "string",
+                "description": "with stream: events 'data: {a Completion}', or one "
+                "'data: {an ErrorResponse}'; the last is 'data: [DONE]'",
+            }
+        }
+    error = {
+        "description": "error",
+        "content": {"application/json": {"schema": _ref(objects.ErrorResponse)}},
+    }
+    responses = {str(status): error for status in operation.errors}
+    for status in (200, *operation.also_answers):
+        responses[str(status)] = {"description": "answer", "content": content}
+    return dict(sorted(responses.items()))
