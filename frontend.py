@@ -227,9 +227,9 @@ def _log_when_sent(response: flask.Response) -> None:
 
 KEEPALIVE_S = 75  # above the 60 s of common proxies, so that they close first
 MAX_IDLE_CONNECTIONS = 2048  # beyond those that are served; they cost no thread
-# Threads that wait for the interpreter lock wake up this often to ask for it, all of them. Ours
-# hold it for microseconds between system calls, so asking is only work: at 512 streams of 20 events a
-# second the default of 5 ms takes a third more CPU time, and falls behind where 20 ms keeps up.
+# All threads that wait for the interpreter lock wake up this often to ask for it. Ours hold it for
+# microseconds between system calls, so asking is only work: at 512 streams of 20 events a second
+# the default of 5 ms takes a third more CPU time, and falls behind where 20 ms keeps up.
 SWITCH_INTERVAL_S = 0.02
 GRACE_S = 3.0  # beyond drain_s, for the last answers to go out; the launcher waits 5
 
