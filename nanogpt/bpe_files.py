@@ -1,6 +1,7 @@
 """The files of a byte-pair vocabulary: GPT-2's vocab.json and merges.txt, or tokenizer.json."""
 
 import functools
+import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,30 @@ class BPEFiles(NamedTuple):
         by_id = {i: b for b, i in self.ranks.items()}
         by_id |= {i: text.encode() for text, i in self.special.items()}
         return [by_id[i] for i in range(self.n_vocab)]
+
+    def as_files(self) -> dict[str, bytes]:
+        """Contents of vocab.json and merges.txt, and of added_tokens.json when there are more."""
+        symbols = {b: s for s, b in byte_symbols().items()}
+        text = {token: "".join(symbols[b] for b in token) for token in self.ranks}
+        vocab = {text[token]: i for token, i in self.ranks.items()}
+        vocab |= {END_OF_TEXT: self.end_of_text}
+        merged = sorted((t for t in self.ranks if len(t) > 1), key=self.ranks.__getitem__)
+        lines = [" ".join(text[part] for part in self._halves(token)) for token in merged]
+        files = {
+            "vocab.json": msgspec.json.encode(dict(sorted(vocab.items(), key=lambda x: x[1]))),
+            "merges.txt": "\n".join(["#version: 0.2", *lines, ""]).encode(),
+        }
+        added = {text: i for text, i in self.special.items() if text != END_OF_TEXT}
+        return files | ({"added_tokens.json": msgspec.json.encode(added)} if added else {})
+
+    def _halves(self, token: bytes) -> list[bytes]:
+        """The two tokens of which this one is merged: what the earlier merges make of its bytes."""
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 2:
+            pairs = [a + b for a, b in itertools.pairwise(parts)]
+            at = min(range(len(pairs)), key=lambda i: self.ranks.get(pairs[i], len(self.ranks)))
+            parts[at : at + 2] = [pairs[at]]
+        return parts
 
 
 def has_bpe_files(directory: Path) -> bool:

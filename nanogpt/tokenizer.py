@@ -133,10 +133,10 @@ def load_tokenizer(spec: TokenizerSpec) -> Tokenizer:
     """Raises CheckpointError when files are missing or not what they should be."""
     if spec.kind == "char":
         return CharTokenizer(spec.characters)
-    return BPETokenizer(read_bpe_files(spec.directory) if spec.directory else _gpt2_files())
+    return BPETokenizer(read_bpe_files(spec.directory) if spec.directory else gpt2_files())
 
 
-def _gpt2_files() -> BPEFiles:
+def gpt2_files() -> BPEFiles:
     """GPT-2's own vocabulary, downloaded once by tiktoken, or from TIKTOKEN_CACHE_DIR."""
     import tiktoken
 

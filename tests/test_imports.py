@@ -115,9 +115,9 @@ def test_never_loads_torch(module):
     assert done.stdout.strip() == "[]", done.stderr
 
 
-# nanogpt_ckpt reads meta.pkl with an unpickler that allows no globals; torch_file only names the
-# error that torch.load raises.
-READERS = {"nanogpt.model.nanogpt_ckpt", "nanogpt.model.torch_file"}
+# It reads meta.pkl with an unpickler that allows no globals, and torch.save's files with
+# weights_only.
+READERS = {"nanogpt.model.pickles"}
 
 
 def test_nothing_unpickles():

@@ -56,5 +56,11 @@ def assemble(
 
 def _own(tensor: Tensor, dtype: torch.dtype, device: str | torch.device) -> Tensor:
     """A contiguous copy: the file may be written anew while the model is in use."""
-    own = torch.empty(tensor.shape, dtype=dtype, device=device)
-    return own.copy_(tensor)
+    moved = tensor.to(
+        device, dtype
+    )  # strides as they were, which is fast; then the right way round
+    return (
+        moved.clone(memory_format=torch.contiguous_format)
+        if moved is tensor
+        else moved.contiguous()
+    )

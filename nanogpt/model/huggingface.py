@@ -18,7 +18,7 @@ from nanogpt.bpe_files import has_bpe_files
 from nanogpt.errors import CheckpointError
 from nanogpt.model.assemble import TIED, Reader, assemble, given
 from nanogpt.model.gpt import GPT, GPTConfig
-from nanogpt.model.torch_file import read_torch_file
+from nanogpt.model.pickles import read_torch_file
 from nanogpt.registry import TokenizerSpec
 
 # In the order in which transformers prefers them.
@@ -46,7 +46,7 @@ _ONLY: dict[str, Any] = {
     "quantization_config": None,
 }
 _MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # buffers, not weights
-_CONV1D = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
+CONV1D = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 
 
 class _Config(msgspec.Struct):
@@ -188,7 +188,7 @@ def _our_names(file: Path, readers: dict[str, Reader]) -> dict[str, Reader]:
             continue
         if name in ours:
             raise CheckpointError(f"{file} has {name} twice, with and without 'transformer.'")
-        ours[name] = _transposed(read) if _CONV1D.fullmatch(name) else read
+        ours[name] = _transposed(read) if CONV1D.fullmatch(name) else read
     head = ours.pop(TIED, None)
     if head is not None and "wte.weight" in ours and not torch.equal(head(), ours["wte.weight"]()):
         raise CheckpointError(f"{file}: {TIED} differs from wte.weight; they must be tied")

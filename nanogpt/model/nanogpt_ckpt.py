@@ -5,8 +5,6 @@ OpenAI's (`init_from=gpt2`), though that was trained with the tanh approximation
 not say which, so it gets the exact one, as nanoGPT's own sample.py would run it today.
 """
 
-import io
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,11 @@ from nanogpt.errors import CheckpointError
 from nanogpt.model.assemble import TIED, Reader, assemble, given
 from nanogpt.model.gpt import GPT, GPTConfig
 from nanogpt.model.huggingface import GPT2_IDS
-from nanogpt.model.torch_file import read_torch_file
+from nanogpt.model.pickles import read_plain_pickle, read_torch_file
 from nanogpt.registry import TokenizerSpec
 
 _MASK = re.compile(r"h\.\d+\.attn\.bias")  # of attention without flash; (1, 1, T, T)
 _COMPILED = "_orig_mod."
-MAX_META_BYTES = 16 << 20  # of meta.pkl; a table of all of Unicode's characters is smaller
 
 
 class _ModelArgs(msgspec.Struct):
@@ -40,7 +37,6 @@ class _Meta(msgspec.Struct):
     """A character model's alphabet."""
 
     itos: dict[int, str]
-    vocab_size: int | None = None
 
 
 def load(
@@ -100,28 +96,13 @@ def _tokenizer(file: Path, config: GPTConfig, run: object) -> TokenizerSpec:
     )
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads dictionaries, lists, strings and numbers; whatever names a class or function fails."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to another file")
-
-
 def read_meta(path: Path) -> str:
     """The characters of nanoGPT's meta.pkl in the order of their ids. Raises CheckpointError."""
     try:
-        content = path.read_bytes()
-        if len(content) > MAX_META_BYTES:
-            raise CheckpointError(f"{path} is larger than {MAX_META_BYTES} bytes")
-        meta = msgspec.convert(_PlainUnpickler(io.BytesIO(content)).load(), _Meta)
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged pickle may raise anything
+        itos = msgspec.convert(read_plain_pickle(path), _Meta).itos
+    except msgspec.ValidationError as error:
         raise CheckpointError(f"{path} is not nanoGPT's table of characters: {error}") from error
-    characters = [meta.itos.get(i, "") for i in range(len(meta.itos))]
+    characters = [itos.get(i, "") for i in range(len(itos))]
     if any(len(c) != 1 for c in characters) or len(set(characters)) != len(characters):
         raise CheckpointError(f"{path}: itos must have one character for each id from 0 on")
     return "".join(characters)
