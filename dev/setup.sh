@@ -40,6 +40,13 @@ if [ ! -e "$stamp" ]; then
         --constraint constraints.txt --editable ".${extra:+[$extra]}" \
         || fail "the dependencies could not be installed; see above"
     "$venv/bin/python" -m compileall -q -j 0 nanogpt ./*.py || true
-    touch "$stamp"
+    date >"$stamp"
 fi
-"$venv/bin/python" -m nanogpt.engine.cpu.build
+
+kernels=$(cat nanogpt/engine/cpu/*.cpp nanogpt/engine/cpu/*.h nanogpt/engine/cpu/build.py <(
+    grep -m 1 flags /proc/cpuinfo) "$stamp" | sha256sum | cut -c1-16)
+kernels="$venv/.kernels-$kernels"
+if [ ! -e "$kernels" ]; then
+    "$venv/bin/python" -m nanogpt.engine.cpu.build >&2
+    touch "$kernels"
+fi
