@@ -9,32 +9,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-WIDTH = 128  # the walk is over sums of this many tokens first, then inside one such block
+WIDTH = 128  # tokens in a block: sums are taken over blocks first, then inside a single one
 SCALE = 2.0**52
-HEAD = 1024  # likeliest tokens that are looked at first; few nuclei are larger
 
 
 def padded_width(vocab_rows: int) -> int:
-    """Columns that `draw` wants for so many tokens; the additional ones are to be 0."""
+    """Columns that probabilities need here for so many tokens; the additional ones are 0."""
     return -(-vocab_rows // WIDTH) * WIDTH
 
 
 def draw(probs: Tensor, u: Tensor) -> Tensor:
     """Token ids (B,) for probabilities (B, padded_width) and uniforms (B,) in [0, 1), float64."""
-    blocks = probs.view(len(probs), -1, WIDTH)
-    sums = _fixed_point(blocks.sum(-1)).cumsum(-1)  # (B, V / WIDTH)
-    target = _target(u, sums[:, -1:])
-    block = torch.searchsorted(sums, target, right=True)  # (B, 1)
-    target -= torch.where(block > 0, sums.gather(1, (block - 1).clamp_(min=0)), 0)
-    inside = blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, WIDTH)).squeeze(1)
-    inside = _fixed_point(inside).cumsum(-1)  # (B, WIDTH)
-    # A block's float sum and its integer sum differ in the last bits.
-    target = torch.minimum(target, inside[:, -1:] - 1)
-    return (block * WIDTH + torch.searchsorted(inside, target, right=True)).squeeze(1)
+    ladder = _Ladder(probs)
+    return ladder.find(_scaled(u, ladder.total)).squeeze(1)
 
 
 def draw_filtered(probs: Tensor, u: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Token ids (B,) among the likeliest tokens of each row of probs (B, V).
+    """Token ids (B,) among the likeliest tokens of each row of probs (B, padded_width).
 
     u, top_p and min_p are (B,) float64, top_k is (B,) int64.
 
@@ -44,54 +35,69 @@ def draw_filtered(probs: Tensor, u: Tensor, top_k: Tensor, top_p: Tensor, min_p:
     definitions and the order of vLLM (sample/ops/topk_topp_sampler.py, min-p before).
     """
     ascending = _sort(probs)
-    found = None
-    if probs.size(1) > HEAD and probs.device.type == "cpu":  # a GPU would wait for the answer
-        found = _draw_sorted(ascending, HEAD, u, top_k, top_p, min_p)
-    if found is None:
-        found = _draw_sorted(ascending, probs.size(1), u, top_k, top_p, min_p)
-    assert found is not None
-    return _nth_with_value(probs, *found)
-
-
-def _draw_sorted(
-    ascending: Tensor, width: int, u: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
-) -> tuple[Tensor, Tensor] | None:
-    """(probability of the drawn token, its rank among the equal ones), looking at the last `width`
-    columns only; None if some row's choice could lie outside of them."""
-    vocab = ascending.size(1)
-    head = ascending[:, vocab - width :].contiguous()  # (B, width), likeliest last
-    sums = _fixed_point(head).cumsum(-1)
-    above = sums[:, -1:] - sums  # mass of the likelier ones, (B, width)
-    rank = torch.arange(width - 1, -1, -1, device=head.device)  # 0 is the likeliest
-    limit = torch.where(top_k > 0, top_k, vocab).unsqueeze(1)
-    kept = (head >= min_p.float().unsqueeze(1) * head[:, -1:]) & (rank < limit)
+    ladder = _Ladder(ascending)
+    total = ladder.total
+    least = min_p.float().unsqueeze(1) * ascending[:, -1:]
+    by_rank = torch.where(top_k > 0, probs.size(1) - top_k, 0).clamp_(min=0).unsqueeze(1)
+    first = torch.maximum(torch.searchsorted(ascending, least), by_rank)  # (B, 1)
     # With nothing cut so far the mass is 1: the row is a softmax.
-    cut = (min_p.unsqueeze(1) > 0) | (limit < vocab)
-    mass = torch.where(cut, sums[:, -1:] - _below(sums, kept), SCALE)
-    share = torch.where(top_p < 1, top_p, torch.inf).unsqueeze(1)
-    nucleus = kept & (above < share * mass)
-    nucleus[:, -1] = True
-    if width < vocab and bool((torch.where(cut, kept, nucleus)[:, 0]).any()):
-        return None
-    below = _below(sums, nucleus)
-    target = below + _target(u, sums[:, -1:] - below)
-    at = torch.searchsorted(sums, target, right=True)  # (B, 1)
-    value = head.gather(1, at)
-    last_equal = torch.searchsorted(head, value, right=True) - 1
-    return value, (last_equal - at).squeeze(1)
+    is_cut = ((top_k > 0) | (min_p > 0)).unsqueeze(1)
+    mass = torch.where(is_cut, total - ladder.before(first), SCALE)
+    nucleus = (top_p.unsqueeze(1) * mass).ceil_().long()
+    by_mass = ladder.find((total - nucleus).clamp_(min=0))
+    first = torch.where(top_p.unsqueeze(1) < 1, torch.maximum(first, by_mass), first)
+    below = ladder.before(first)
+    at = ladder.find(below + _scaled(u, total - below))
+    return _unsort(probs, ascending, torch.maximum(at, first))  # sums are rounded: stay inside
 
 
-def _below(sums: Tensor, kept: Tensor) -> Tensor:
-    """Fixed-point mass (B, 1) of the tokens before the kept ones, which are a row's last."""
-    first = kept.size(1) - kept.sum(-1, keepdim=True)
-    return torch.where(first > 0, sums.gather(1, (first - 1).clamp_(min=0)), 0)
+class _Ladder:
+    """Cumulative sums of the rows of (B, n * WIDTH), in fixed point, block by block.
+
+    Only sums of blocks are kept; those inside a block are taken when a row needs them. A block's
+    own sum is rounded to float, so the two differ in their last bits; `find` copes with that.
+    """
+
+    def __init__(self, probs: Tensor) -> None:
+        self._blocks = probs.view(len(probs), -1, WIDTH)
+        self._ends = _fixed_point(self._blocks.sum(-1)).cumsum(-1)  # (B, n)
+
+    @property
+    def total(self) -> Tensor:
+        """(B, 1)"""
+        return self._ends[:, -1:]
+
+    def find(self, target: Tensor) -> Tensor:
+        """The tokens (B, 1) in whose intervals the targets (B, 1) lie: from 0 to total, the total
+        itself counting as just below it."""
+        target = torch.minimum(target, self.total - 1)
+        block = torch.searchsorted(self._ends, target, right=True)
+        inside = self._inside(block)
+        rest = torch.minimum(target - self._start(block), inside[:, -1:] - 1)
+        return block * WIDTH + torch.searchsorted(inside, rest, right=True)
+
+    def before(self, index: Tensor) -> Tensor:
+        """Sums (B, 1) of all tokens before the ones at `index` (B, 1)."""
+        block, offset = index // WIDTH, index % WIDTH
+        inside = self._inside(block).gather(1, (offset - 1).clamp_(min=0))
+        return self._start(block) + torch.where(offset > 0, inside, 0)
+
+    def _start(self, block: Tensor) -> Tensor:
+        return torch.where(block > 0, self._ends.gather(1, (block - 1).clamp_(min=0)), 0)
+
+    def _inside(self, block: Tensor) -> Tensor:
+        """Cumulative sums (B, WIDTH) inside of one block of each row."""
+        values = self._blocks.gather(1, block.unsqueeze(-1).expand(-1, -1, WIDTH)).squeeze(1)
+        return _fixed_point(values).cumsum(-1)
 
 
-def _nth_with_value(probs: Tensor, value: Tensor, nth: Tensor) -> Tensor:
-    """In each row of (B, V) the id of the nth (from 0) token with probability `value` (B, 1)."""
+def _unsort(probs: Tensor, ascending: Tensor, at: Tensor) -> Tensor:
+    """Ids (B,) of the tokens that are at `at` (B, 1) in the sorted rows."""
+    value = ascending.gather(1, at)
+    nth = torch.searchsorted(ascending, value, right=True) - 1 - at  # among the equal ones, from 0
     rows, ids = (probs == value).nonzero(as_tuple=True)
     first = torch.searchsorted(rows, torch.arange(len(probs), device=probs.device))
-    return ids[first + nth]
+    return ids[first + nth.squeeze(1)]
 
 
 def _sort(probs: Tensor) -> Tensor:
@@ -106,6 +112,6 @@ def _fixed_point(x: Tensor) -> Tensor:
     return x.double().mul_(SCALE).ceil_().long()
 
 
-def _target(u: Tensor, total: Tensor) -> Tensor:
-    """Where in [0, total) the uniforms (B,) point to; total is (B, 1)."""
-    return torch.minimum((u.unsqueeze(1) * total).long(), total - 1)
+def _scaled(u: Tensor, total: Tensor) -> Tensor:
+    """Where in 0..total (B, 1) the uniforms (B,) point to."""
+    return (u.unsqueeze(1) * total).long()

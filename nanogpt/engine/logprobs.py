@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence as Seq
 
-import torch
 from torch import Tensor
 
 from nanogpt.request import TokenLogprobs
@@ -13,15 +12,18 @@ FLOOR = -9999.0  # stands for minus infinity, which JSON lacks
 
 
 class Logprobs:
-    """log softmax (R, V) of raw logits (without padding), and the likeliest tokens of each row."""
+    """Log softmax of R rows of raw logits, and the likeliest tokens of each row.
 
-    def __init__(self, logits: Tensor, top: bool) -> None:
-        """`top`: some row wants the likeliest tokens as well."""
-        self._logprobs = torch.log_softmax(logits, -1)
-        self._ids: list[list[int]] = [[]] * len(logits)
-        self._values: list[list[float]] = self._ids  # type: ignore[assignment]
+    `logprobs` (R, V) is that log softmax, with padding behind the `vocab_size` tokens at -inf;
+    `top` says whether some row wants the likeliest tokens as well.
+    """
+
+    def __init__(self, logprobs: Tensor, *, vocab_size: int, top: bool) -> None:
+        self._logprobs = logprobs
+        self._ids: list[list[int]] = [[]] * len(logprobs)
+        self._values: list[list[float]] = [[]] * len(logprobs)
         if top:
-            values, ids = self._logprobs.topk(min(MAX_TOP_LOGPROBS, logits.size(1)))
+            values, ids = logprobs.topk(min(MAX_TOP_LOGPROBS, vocab_size))
             ids, order = ids.sort(-1)  # equal values: lower id first
             values, order = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
             self._ids = ids.gather(1, order).tolist()

@@ -26,7 +26,7 @@ class Sampler:
     ) -> None:
         self._vocab_rows, self._vocab_size = vocab_rows, vocab_size
         self._eos_token_id, self._device = eos_token_id, device
-        self._probs = torch.zeros(0, padded_width(vocab_rows), device=device)
+        self._probs, self._logprobs = _Buffer(device), _Buffer(device)
         self._plan = _Plan([], eos_token_id, device)
 
     def sample(
@@ -38,13 +38,11 @@ class Sampler:
         finite, or in which every token is banned, gets NO_TOKEN.
         """
         plan = self._plan_for(seqs)
-        logits = logits.float()
+        logits = self._mask_padding(logits)
         reports = None
         if plan.report:
             rows = torch.tensor(plan.report, device=self._device)
-            reports = self.logprobs(logits[rows], top=any(plan.report_counts))
-        if self._vocab_size < self._vocab_rows:
-            logits[:, self._vocab_size :] = -torch.inf
+            reports = self._report(logits[rows], top=any(plan.report_counts))
         plan.rules.apply(logits)
         broken = ~logits.amax(-1).isfinite()
         if bool(broken.any()):
@@ -58,8 +56,22 @@ class Sampler:
         return token_ids.masked_fill_(broken, NO_TOKEN).tolist(), logprobs
 
     def logprobs(self, logits: Tensor, *, top: bool) -> Logprobs:
-        """Log probabilities for the model's own logits (R, vocab_rows); padding is no token."""
-        return Logprobs(logits[:, : self._vocab_size].float(), top=top)
+        """Log probabilities for the model's own logits (R, vocab_rows), which are overwritten.
+
+        Valid until the next call of any method: the sampler's buffer holds them.
+        """
+        return self._report(self._mask_padding(logits), top=top)
+
+    def _mask_padding(self, logits: Tensor) -> Tensor:
+        logits = logits.float()
+        if self._vocab_size < self._vocab_rows:
+            logits[:, self._vocab_size :] = -torch.inf
+        return logits
+
+    def _report(self, logits: Tensor, *, top: bool) -> Logprobs:
+        buffer = self._logprobs.get(len(logits), self._vocab_rows)
+        logprobs = torch.log_softmax(logits, -1, out=buffer)
+        return Logprobs(logprobs, vocab_size=self._vocab_size, top=top)
 
     def _plan_for(self, seqs: list[Sequence]) -> "_Plan":
         if self._plan.seqs != seqs:
@@ -82,7 +94,7 @@ class Sampler:
             token_ids[rows] = draw(probs, uniform[rows])
         if plan.filtered:
             rows = torch.tensor(plan.filtered, device=self._device)
-            probs = self._softmax(logits[rows], plan.temperature[rows])[:, : self._vocab_rows]
+            probs = self._softmax(logits[rows], plan.temperature[rows])
             token_ids[rows] = draw_filtered(
                 probs, uniform[rows], plan.top_k, plan.top_p, plan.min_p
             )
@@ -90,14 +102,25 @@ class Sampler:
 
     def _softmax(self, logits: Tensor, temperature: Tensor) -> Tensor:
         """Probabilities (B, padded width) at the rows' temperatures, in the sampler's buffer."""
-        if len(self._probs) < len(logits):
-            self._probs = torch.zeros(len(logits), self._probs.size(1), device=self._device)
-        probs = self._probs[: len(logits)]
+        probs = self._probs.get(len(logits), padded_width(self._vocab_rows))
         logits.div_(temperature.unsqueeze(1))
         if probs.size(1) == self._vocab_rows:
             return torch.softmax(logits, -1, out=probs)
         probs[:, : self._vocab_rows] = torch.softmax(logits, -1)
         return probs
+
+
+class _Buffer:
+    """Rows of float32 that are used again: memory that is new costs page faults at every step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._rows = torch.zeros(0, 0, device=device)
+
+    def get(self, count: int, width: int) -> Tensor:
+        """(count, width), of whatever the last user left; zeros at first."""
+        if len(self._rows) < count:
+            self._rows = torch.zeros(count, width, device=self._rows.device)
+        return self._rows[:count]
 
 
 class _Plan:

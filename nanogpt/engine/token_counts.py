@@ -23,7 +23,8 @@ class TokenCounts:
 
     def add(self, token_id: int) -> None:
         """One more generated token."""
-        self._counts[self._slot(token_id)] += 1
+        slot = self._slot(token_id)  # may replace the arrays
+        self._counts[slot] += 1
 
     @property
     def ids(self) -> np.ndarray:
