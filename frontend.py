@@ -24,13 +24,19 @@ from gunicorn import glogging
 from gunicorn.app.base import BaseApplication
 from gunicorn.http import errors as malformed
 from gunicorn.workers.gthread import ThreadWorker
-from werkzeug.exceptions import HTTPException, MethodNotAllowed, RequestEntityTooLarge
+from werkzeug.exceptions import (
+    ClientDisconnected,
+    HTTPException,
+    MethodNotAllowed,
+    RequestEntityTooLarge,
+)
 
 from nanogpt import log as logging_setup
 from nanogpt import options
-from nanogpt.api import errors, metrics
+from nanogpt.api import cors, errors, metrics
 from nanogpt.api.backend import Cluster
 from nanogpt.api.decode import clip
+from nanogpt.api.listener import allow_files, listen
 from nanogpt.api.service import JSON, Answer, Service
 from nanogpt.cluster.client import ClusterStatus
 from nanogpt.cluster.connect import connect
@@ -43,7 +49,6 @@ from nanogpt.rundir import RunDir
 log = logging.getLogger("frontend")
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-_EXPOSED = "x-request-id, openai-processing-ms, x-nanogpt-ranks, retry-after"
 
 
 def create_app(
@@ -142,6 +147,9 @@ def _add_errors(app: flask.Flask) -> None:
     @app.errorhandler(HTTPException)
     def http_error(error: HTTPException) -> flask.Response:
         description = error.description or "the request could not be served"
+        if isinstance(error, ClientDisconnected):
+            error.code = HTTPStatus.REQUEST_TIMEOUT
+            description = "the body did not arrive in time; send it without pauses"
         if isinstance(error, RequestEntityTooLarge):
             limit = app.config["MAX_CONTENT_LENGTH"] // 2**20
             description = f"the body is over {limit} MiB; send less, or split the request"
@@ -191,21 +199,16 @@ def _new_id() -> str:
 
 
 def _allow_origin(response: flask.Response, origins: tuple[str, ...]) -> None:
-    """CORS: only origins that the operator listed ("*": all) may read answers in a browser."""
-    origin = flask.request.headers.get("Origin")
-    if not origins:
-        return
-    response.headers.add("Vary", "Origin")
-    if origin is None or not ("*" in origins or origin in origins):
-        return
-    response.headers["Access-Control-Allow-Origin"] = origin
-    response.headers["Access-Control-Expose-Headers"] = _EXPOSED
-    if flask.request.method == "OPTIONS":
-        response.headers["Access-Control-Allow-Methods"] = response.headers.get("Allow", "")
-        response.headers["Access-Control-Allow-Headers"] = flask.request.headers.get(
-            "Access-Control-Request-Headers", "authorization, content-type"
-        )
-        response.headers["Access-Control-Max-Age"] = "600"
+    request = flask.request
+    found = cors.headers(
+        origins,
+        request.headers.get("Origin"),
+        preflight=request.method == "OPTIONS",
+        methods=response.headers.get("Allow", ""),
+        asked=request.headers.get("Access-Control-Request-Headers"),
+    )
+    for name, value in found.items():
+        response.headers[name] = value
 
 
 def _log_when_sent(response: flask.Response) -> None:
@@ -234,8 +237,17 @@ SWITCH_INTERVAL_S = 0.02
 GRACE_S = 3.0  # beyond drain_s, for the last answers to go out; the launcher waits 5
 
 
+SPARE_FILES = 512  # for all that is not a connection
+
+
 class _Logger(glogging.Logger):
     """Leaves gunicorn's messages to the handlers of this process."""
+
+    def exception(self, msg: str, *args: Any, **kwargs: Any) -> None:
+        if isinstance(sys.exc_info()[1], BlockingIOError):  # one of the two timeouts
+            log.info("closed the connection of a client that stalled")
+        else:
+            super().exception(msg, *args, **kwargs)
 
     def setup(self, cfg: Any) -> None:
         super().setup(cfg)
@@ -291,12 +303,13 @@ class _Application(BaseApplication):
 
     def load_config(self) -> None:
         threads = self._settings.threads
+        connections = allow_files(threads + MAX_IDLE_CONNECTIONS + SPARE_FILES) - SPARE_FILES
         values = {
             "bind": f"fd://{self._listener.detach()}",
             "worker_class": Worker,
             "workers": 1,
             "threads": threads,
-            "worker_connections": threads + MAX_IDLE_CONNECTIONS,
+            "worker_connections": max(connections, threads),
             "keepalive": KEEPALIVE_S,
             "timeout": 60,  # of silence of the worker's main thread
             "graceful_timeout": math.ceil(self._settings.drain_s + GRACE_S),
@@ -323,18 +336,6 @@ class _Application(BaseApplication):
     def _close(self) -> None:
         if self._cluster is not None:
             self._cluster.close()
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises StartupError when the address can't be had."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, _, _, _, address = found[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
-    except OSError as error:
-        raise StartupError(
-            f"can't listen on {host}:{port}: {error.strerror}; choose another with --port"
-        ) from error
 
 
 def serve(

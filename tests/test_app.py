@@ -152,6 +152,27 @@ def test_refused_admission(cluster, client, code):
         assert response.headers["Retry-After"] == "7"
 
 
+def test_places_are_limited_and_given_back(cluster):
+    """Threads are left for everything else; a refused or finished request holds none."""
+    client = frontend.create_app(cluster, HttpConfig(threads=4)).test_client()
+    body = {"model": NAME, "stream": True}
+    streams = [client.post("/v1/completions", json=body, buffered=False) for _ in range(3)]
+    response = complete(client)
+    assert_error(response, 503, "server_error", "overloaded")
+    assert "Retry-After" in response.headers
+    assert client.get("/health").status_code == 200
+    streams.pop().close()
+    for _ in range(5):
+        assert complete(client).status_code == 200
+    cluster.refusal = Unavailable("not now")
+    for _ in range(5):
+        complete(client)
+    cluster.refusal = None
+    assert complete(client).status_code == 200
+    for stream in streams:
+        stream.close()
+
+
 def test_starting(cluster, client):
     cluster.infos = {}
     assert_error(complete(client), 503, "server_error", "starting")
@@ -393,27 +414,31 @@ def test_an_idle_stream_is_pinged(cluster, client):
 
 SERVER = """
 import sys
+import msgspec
 import frontend
 from nanogpt import log
+from nanogpt.api import listener
 from nanogpt.config import HttpConfig
-from tests.fake_cluster import FakeCluster, play
+from tests.fake_cluster import INFO, FakeCluster, play
 
 def make_cluster():
-    cluster = FakeCluster(play([b"hello " * 10]))
+    info = msgspec.structs.replace(INFO, context_length=10**6)
+    cluster = FakeCluster(play([b"hello " * int(sys.argv[3])]), infos=[info])
     cluster.delay_s = float(sys.argv[1])
     return cluster
 
 log.set_up("info", "front end")
-listener = frontend.listen("127.0.0.1", 0)
-print(listener.getsockname()[1], flush=True)
-frontend.serve(listener, make_cluster, HttpConfig(threads=8, drain_s=float(sys.argv[2])))
+listener.RECEIVE_TIMEOUT_S, listener.SEND_TIMEOUT_S = 0.5, 1.0
+socket = listener.listen("127.0.0.1", 0)
+print(socket.getsockname()[1], flush=True)
+frontend.serve(socket, make_cluster, HttpConfig(threads=8, drain_s=float(sys.argv[2])))
 """
 
 
 class Running:
-    def __init__(self, delay_s: float, drain_s: float) -> None:
+    def __init__(self, *arguments: float) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(delay_s), str(drain_s)],
+            [sys.executable, "-c", SERVER, *map(str, arguments)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -460,8 +485,8 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(delay_s=0.0, drain_s=5.0):
-    server = Running(delay_s, drain_s)
+def running(delay_s=0.0, drain_s=5.0, words=10):
+    server = Running(delay_s, drain_s, words)
     try:
         yield server
     finally:
@@ -537,6 +562,27 @@ def test_too_large_a_body_is_refused(server):
         head + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk * 9 + b"0\r\n\r\n"
     )
     assert answer.startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_client_that_stalls_is_not_waited_for(server):
+    head = b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n"
+    assert server.talk(head) == b""
+    server.wait_for("a client that stalled")
+    answer = server.talk(head + b"Content-Length: 100\r\nConnection: close\r\n\r\n{")
+    assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_client_that_does_not_read_is_cancelled():
+    """Its socket's buffers fill up, and then no thread waits for it for ever."""
+    with running(words=20_000) as server, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        body = json.dumps({"model": NAME, "prompt": "hi", "max_tokens": 50_000, "stream": True})
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n"
+            + f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+        )
+        assert "finish=cancelled:1" in server.wait_for("POST /v1/completions")
 
 
 def test_a_killed_worker_is_replaced_on_the_same_socket():

@@ -32,6 +32,7 @@ class Exchange:
         started: float,
         is_client_gone: Callable[[], bool],
         must_end: Callable[[], bool],
+        on_close: Callable[[], None],
     ) -> None:
         """`started`: time.monotonic() when the request came; `must_end`: no more patience."""
         self.plan, self.handle, self.assembler = plan, handle, assembler
@@ -46,6 +47,7 @@ class Exchange:
         metrics.prompt_tokens.labels(model).inc(plan.prompt_tokens)
         self._tokens = metrics.completion_tokens.labels(model)
         self._between = metrics.between_tokens.labels(model)
+        self._on_close = on_close
         self._closed = False
 
     def deltas(self) -> Iterator[list[Delta] | None]:
@@ -102,6 +104,7 @@ class Exchange:
             return
         self._closed = True
         model = self.plan.request.model
+        self._on_close()
         self._metrics.in_progress.dec()
         if not self.assembler.done:
             self.handle.cancel()

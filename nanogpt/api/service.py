@@ -1,5 +1,6 @@
 """Every route's work, without a web framework: from bytes and strings to an Answer."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -24,13 +25,32 @@ from nanogpt.api.protocol import DetokenizeRequest, TokenizeRequest, parse_compl
 from nanogpt.api.response import PING, Collected, Stream, encode, event, ranks_header
 from nanogpt.api.tokens import token_text, tokenizer_info
 from nanogpt.config import HttpConfig
-from nanogpt.errors import ApiError, InvalidRequest
+from nanogpt.errors import ApiError, InvalidRequest, Unavailable
 from nanogpt.registry import ModelInfo
 from nanogpt.tokenizer import Tokenizer
 
 JSON = "application/json"
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 CLIENT_GONE = 499  # for the log and the metrics: nobody reads this answer
+
+
+SPARE_THREADS = 16  # that completions never take: /health answers also when the server is full
+
+
+class _Places:
+    """Threads for completions. An exchange has one from submit to close."""
+
+    def __init__(self, threads: int) -> None:
+        self._total = threads - min(SPARE_THREADS, threads // 4)
+        self._free = threading.Semaphore(self._total)
+        self.give_back = self._free.release
+
+    def take(self) -> None:
+        """Raises Unavailable when all are taken."""
+        if not self._free.acquire(blocking=False):
+            raise Unavailable(
+                f"{self._total} requests are in progress, and no more are taken; try again soon"
+            )
 
 
 class Answer(NamedTuple):
@@ -46,6 +66,7 @@ class Service:
 
     def __init__(self, cluster: Cluster, settings: HttpConfig, clock: Callable[[], float]) -> None:
         self._cluster, self._settings, self._clock = cluster, settings, clock
+        self._places = _Places(settings.threads)
         self.metrics = Metrics(cluster)
         self._end_at = float("inf")  # time.monotonic() after which nobody waits any longer
 
@@ -79,14 +100,21 @@ class Service:
         tokenizer = self._cluster.tokenizer(info.name)
         plan = make_plan(request, info, tokenizer, clock=self._clock)
         assembler = Assembler(plan, tokenizer)
+        self._places.take()
+        try:
+            handle = self._cluster.submit(plan.request)
+        except BaseException:
+            self._places.give_back()
+            raise
         return Exchange(
             plan,
-            self._cluster.submit(plan.request),
+            handle,
             assembler,
             self.metrics,
             started=started,
             is_client_gone=client_socket.watch(socket),
             must_end=lambda: time.monotonic() > self._end_at,
+            on_close=self._places.give_back,
         )
 
     def _whole(self, exchange: Exchange) -> Answer:
