@@ -100,6 +100,7 @@ class AttentionBackend(Protocol):
     """How a device keeps keys and values, and attends to them. `key` and `value` are one layer."""
 
     name: str
+    reads_unwritten: bool  # masked slots meet a weight of zero, so they must not hold a NaN
 
     def cache_shapes(
         self, config: GPTConfig, num_blocks: int, block_size: int
@@ -120,6 +121,7 @@ class TorchBackend:
     """
 
     name = "torch"
+    reads_unwritten = True
 
     def cache_shapes(
         self, config: GPTConfig, num_blocks: int, block_size: int
@@ -186,14 +188,17 @@ class TorchBackend:
         return keys, values
 
 
-def select_backend(device: torch.device, dtype: torch.dtype) -> AttentionBackend:
-    """The best backend for this device and type. Chosen once, when the cache is allocated."""
-    return TorchBackend()
+def select_backend(device: torch.device, dtype: torch.dtype, block_size: int) -> AttentionBackend:
+    """The best backend for this device, type and block size. Chosen once, with the cache."""
+    from nanogpt.engine.cpu import backend, library
+
+    fits = device.type == "cpu" and dtype in backend.DTYPES and block_size % backend.TILE == 0
+    return backend.CPUBackend() if fits and library.load_kernels() else TorchBackend()
 
 
 @dataclass
 class KVCache:
-    """Keys and values of every layer, in blocks. Allocated uninitialised: see zeroing below."""
+    """Keys and values of every layer, in blocks."""
 
     keys: Tensor  # (n_layer, num_blocks, ...), laid out as the backend likes
     values: Tensor
@@ -220,10 +225,11 @@ def allocate_kv_cache(
 ) -> KVCache:
     """An empty cache of `num_blocks` blocks of `block_size` tokens, for the device's backend."""
     device = torch.device(device)
-    backend = backend or select_backend(device, dtype)
-    # Zeros, because masked keys still meet a zero weight, and zero times NaN is NaN.
+    backend = backend or select_backend(device, dtype, block_size)
+    # Without zeroing, the system hands out a page of the cache when it is first written.
+    new = torch.zeros if backend.reads_unwritten else torch.empty
     keys, values = (
-        torch.zeros(shape, dtype=dtype, device=device)
+        new(shape, dtype=dtype, device=device)
         for shape in backend.cache_shapes(config, num_blocks, block_size)
     )
     return KVCache(keys, values, block_size, backend)
@@ -236,7 +242,8 @@ def kv_bytes_per_block(
     device: torch.device | str = "cpu",
 ) -> int:
     """Bytes of one block of keys and values over all layers, as the device's backend keeps them."""
-    shapes = select_backend(torch.device(device), dtype).cache_shapes(config, 1, block_size)
+    backend = select_backend(torch.device(device), dtype, block_size)
+    shapes = backend.cache_shapes(config, 1, block_size)
     return sum(torch.Size(shape).numel() for shape in shapes) * dtype.itemsize
 
 

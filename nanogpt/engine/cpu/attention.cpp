@@ -1,0 +1,318 @@
+// Paged attention for CPUs: every row's answer is the same to the bit in any batch, prefill chunk,
+// block placement and number of threads.
+//
+// A row's scores over all its keys are kept (two passes, no running maximum to rescale by), so its
+// arithmetic is fixed by its own keys alone; see tiles.h. Speed comes from grouping rows that read
+// the same keys: adjacent tokens of a prompt, and sequences whose block tables begin with the same
+// blocks (the n choices of one prompt). A group reads common keys once; grouping changes no bits.
+//
+//   key    (num_blocks, n_head, block_size / 16, head_size, 16)
+//   value  (num_blocks, n_head, block_size / 16, 16, head_size rounded up to 16)
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "tiles.h"
+
+namespace nanogpt {
+namespace {
+
+// Adjacent rows that are computed together.
+struct Group {
+  int first, rows;
+  int shared;              // keys 0..shared-1 lie in the same places for all rows; whole tiles
+  int least_keys, most_keys;
+};
+
+struct Step {
+  const int64_t* positions;
+  const int64_t* slots;
+  const int32_t* tables;
+  const int32_t* sequence_of;
+  int rows, max_blocks, block_size;
+
+  int keys_of(int row) const { return static_cast<int>(positions[row]) + 1; }
+  const int32_t* table_of(int row) const { return tables + int64_t{sequence_of[row]} * max_blocks; }
+
+  // Keys that two rows find in the same places, in whole blocks; all of them within a sequence.
+  int shared_keys(int a, int b) const {
+    const int limit = std::min(keys_of(a), keys_of(b));
+    if (sequence_of[a] == sequence_of[b]) return max_blocks * block_size;
+    const int32_t *x = table_of(a), *y = table_of(b);
+    int block = 0;
+    while (block * block_size < limit && x[block] == y[block]) block++;
+    return block * block_size;
+  }
+};
+
+// Greedy: a row joins while it brings more shared reading than it takes from those before it.
+std::vector<Group> group_rows(const Step& step, int max_rows) {
+  std::vector<Group> groups;
+  for (int row = 0; row < step.rows; row++) {
+    const int keys = step.keys_of(row);
+    if (!groups.empty() && groups.back().rows < max_rows) {
+      Group& g = groups.back();
+      const int shared = std::min(g.shared, step.shared_keys(row - 1, row));
+      const int before = std::min(g.shared, g.least_keys);
+      const int after = std::min({shared, g.least_keys, keys});
+      if (after > 0 && after >= (before - after) * (g.rows - 1)) {
+        g = {g.first, g.rows + 1, shared, std::min(g.least_keys, keys),
+             std::max(g.most_keys, keys)};
+        continue;
+      }
+    }
+    groups.push_back({row, 1, step.max_blocks * step.block_size, keys, keys});
+  }
+  return groups;
+}
+
+// One layer's cache and the tensors of a step; strides in elements.
+template <typename T>
+struct Layer {
+  const T *q, *k, *v;
+  int64_t q_row, q_head, k_row, k_head, v_row, v_head;
+  T *key, *value, *out;
+  int n_head, head_size, padded, tiles_of_block;
+  float scale;
+
+  int64_t tile_index(int32_t block, int head, int tile) const {
+    return (int64_t{block} * n_head + head) * tiles_of_block + tile;
+  }
+  T* key_tile(int64_t index) const { return key + index * head_size * kLanes; }
+  T* value_tile(int64_t index) const { return value + index * padded * kLanes; }
+};
+
+template <typename T>
+void write(const Layer<T>& layer, const Step& step, int head, int begin, int end) {
+  for (int row = begin; row < end; row++) {
+    const int64_t slot = step.slots[row];
+    const int offset = static_cast<int>(slot % step.block_size);
+    const int64_t index = layer.tile_index(static_cast<int32_t>(slot / step.block_size), head,
+                                           offset / kLanes);
+    T* key = layer.key_tile(index) + offset % kLanes;
+    const T* k = layer.k + row * layer.k_row + head * layer.k_head;
+    for (int d = 0; d < layer.head_size; d++) key[d * kLanes] = k[d];
+    T* value = layer.value_tile(index) + (offset % kLanes) * layer.padded;
+    std::copy_n(layer.v + row * layer.v_row + head * layer.v_head, layer.head_size, value);
+  }
+}
+
+// Room for one group, reused from group to group.
+template <typename T>
+struct Scratch {
+  Scratch(int head_size, int padded, int max_tiles)
+      : stride(max_tiles * kLanes),
+        q(new float[head_size * kMaxRows]),
+        scores(new float[int64_t{kMaxRows} * stride]),
+        out(new float[kMaxRows * padded]),
+        keys(max_tiles),
+        values(max_tiles) {}
+
+  int stride;
+  std::unique_ptr<float[]> q, scores, out;
+  std::vector<const T*> keys, values;
+};
+
+// Where tiles begin..end-1 of a row's keys and values are.
+template <typename T>
+void find_tiles(const Layer<T>& layer, const int32_t* table, int head, int begin, int end,
+                Scratch<T>& s) {
+  for (int tile = begin; tile < end; tile++) {
+    const int64_t index = layer.tile_index(table[tile / layer.tiles_of_block], head,
+                                           tile % layer.tiles_of_block);
+    s.keys[tile] = layer.key_tile(index);
+    s.values[tile] = layer.value_tile(index);
+  }
+}
+
+inline int tiles_for(int keys) { return (keys + kLanes - 1) / kLanes; }
+
+template <typename T>
+void attend(const Layer<T>& layer, const Step& step, const Group& g, int head, Scratch<T>& s) {
+  for (int r = 0; r < g.rows; r++) {
+    const T* q = layer.q + (g.first + r) * layer.q_row + head * layer.q_head;
+    for (int d = 0; d < layer.head_size; d++)
+      s.q[d * kMaxRows + r] = static_cast<float>(q[d]) * layer.scale;
+  }
+  std::fill_n(s.out.get(), g.rows * layer.padded, 0.0f);
+
+  // Scores of a tile that a row sees only in part, or not at all, are computed and left unused.
+  const int shared_tiles = std::min(g.shared / kLanes, tiles_for(g.most_keys));
+  find_tiles(layer, step.table_of(g.first), head, 0, shared_tiles, s);
+  score(s.q.get(), g.rows, s.keys.data(), 0, shared_tiles, layer.head_size, s.scores.get(),
+        s.stride);
+  float sums[kMaxRows];
+  const auto own_tiles = [&](int r) {
+    const int row = g.first + r, end = tiles_for(step.keys_of(row));
+    find_tiles(layer, step.table_of(row), head, shared_tiles, end, s);
+    return end;
+  };
+  for (int r = 0; r < g.rows; r++) {
+    float* scores = s.scores.get() + r * s.stride;
+    const int end = own_tiles(r);
+    score(s.q.get() + r, 1, s.keys.data(), shared_tiles, end, layer.head_size, scores, s.stride);
+    sums[r] = softmax_weights(scores, step.keys_of(g.first + r));
+  }
+
+  const int common = std::min(g.shared, g.least_keys);
+  mix(s.scores.get(), s.stride, g.rows, s.values.data(), layer.padded, 0, common, s.out.get());
+  for (int r = 0; r < g.rows; r++) {
+    if (g.rows > 1) own_tiles(r);
+    const float* p = s.scores.get() + r * s.stride;
+    float* out = s.out.get() + r * layer.padded;
+    mix(p, s.stride, 1, s.values.data(), layer.padded, common, step.keys_of(g.first + r), out);
+    T* y = layer.out + (int64_t{g.first + r} * layer.n_head + head) * layer.head_size;
+    for (int d = 0; d < layer.head_size; d++) y[d] = static_cast<T>(out[d] / sums[r]);
+  }
+}
+
+// Hands out units 0..count-1 one at a time: groups differ too much in length for equal shares.
+// Each thread makes its own state first.
+template <typename Make, typename F>
+void share_out(int64_t count, const Make& make, const F& f) {
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    auto state = make();
+    for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < count;)
+      f(unit, state);
+  });
+}
+
+template <typename T>
+void run(const Layer<T>& layer, const Step& step) {
+  constexpr int kChunk = 64;
+  const int chunks = (step.rows + kChunk - 1) / kChunk;
+  share_out(
+      int64_t{chunks} * layer.n_head, [] { return 0; },
+      [&](int64_t unit, int) {
+        const int begin = static_cast<int>(unit % chunks) * kChunk;
+        write(layer, step, static_cast<int>(unit / chunks), begin,
+              std::min(step.rows, begin + kChunk));
+      });
+
+  int max_rows = kMaxRows;
+  while (max_rows > 1 && step.rows / max_rows * layer.n_head < at::get_num_threads()) max_rows /= 2;
+  const std::vector<Group> groups = group_rows(step, max_rows);
+  int max_tiles = 0;
+  for (const Group& g : groups) max_tiles = std::max(max_tiles, tiles_for(g.most_keys));
+  const int64_t count = static_cast<int64_t>(groups.size());
+  // All groups of a head in turn, since neighbours may read the same keys; of a prompt the last
+  // rows first, since they take longest.
+  share_out(
+      count * layer.n_head,
+      [&] { return Scratch<T>(layer.head_size, layer.padded, max_tiles); },
+      [&](int64_t unit, Scratch<T>& scratch) {
+        const Group& g = groups[count - 1 - unit % count];
+        attend(layer, step, g, static_cast<int>(unit / count), scratch);
+      });
+}
+
+void check_indices(const Step& step, int64_t num_blocks, int64_t num_sequences) {
+  for (int row = 0; row < step.rows; row++) {
+    TORCH_CHECK(step.slots[row] >= 0 && step.slots[row] < num_blocks * step.block_size, "slot ",
+                step.slots[row], " of row ", row, " is outside the cache");
+    TORCH_CHECK(step.sequence_of[row] >= 0 && step.sequence_of[row] < num_sequences, "row ", row,
+                " belongs to no sequence");
+    TORCH_CHECK(step.positions[row] >= 0 &&
+                    step.positions[row] < int64_t{step.max_blocks} * step.block_size,
+                "position ", step.positions[row], " of row ", row, " is past its block table");
+  }
+  for (int64_t i = 0; i < num_sequences * step.max_blocks; i++)
+    TORCH_CHECK(step.tables[i] >= 0 && step.tables[i] < num_blocks, "block ", step.tables[i],
+                " does not exist");
+}
+
+void check_rows(const at::Tensor& x, const at::Tensor& like, const char* name) {
+  TORCH_CHECK(x.device().is_cpu() && x.scalar_type() == like.scalar_type() &&
+                  x.sizes() == like.sizes() && x.stride(-1) == 1,
+              name, " must be a CPU tensor shaped and typed like q, contiguous in its last dimension");
+}
+
+template <typename T>
+T* data(const at::Tensor& x) {
+  return x.data_ptr<T>();
+}
+
+at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                           const at::Tensor& key, const at::Tensor& value,
+                           const at::Tensor& positions, const at::Tensor& slots,
+                           const at::Tensor& block_tables, const at::Tensor& sequence_of) {
+  TORCH_CHECK(q.dim() == 3, "q must be (N, n_head, head_size)");
+  check_rows(q, q, "q");
+  check_rows(k, q, "k");
+  check_rows(v, q, "v");
+  const int64_t rows = q.size(0), n_head = q.size(1), head_size = q.size(2);
+  const int64_t padded = (head_size + kLanes - 1) / kLanes * kLanes;
+  TORCH_CHECK(key.dim() == 5 && key.size(1) == n_head && key.size(3) == head_size &&
+                  key.size(4) == kLanes && key.is_contiguous() &&
+                  key.scalar_type() == q.scalar_type(),
+              "the key cache must be (num_blocks, n_head, block_size / 16, head_size, 16)");
+  TORCH_CHECK(value.dim() == 5 && value.size(0) == key.size(0) && value.size(1) == n_head &&
+                  value.size(2) == key.size(2) && value.size(3) == kLanes &&
+                  value.size(4) == padded && value.is_contiguous() &&
+                  value.scalar_type() == q.scalar_type(),
+              "the value cache must be (num_blocks, n_head, block_size / 16, 16, padded)");
+  TORCH_CHECK(positions.numel() == rows && slots.numel() == rows && sequence_of.numel() == rows &&
+                  block_tables.dim() == 2,
+              "metadata must describe every row of q");
+  TORCH_CHECK(positions.is_contiguous() && slots.is_contiguous() && sequence_of.is_contiguous() &&
+                  block_tables.is_contiguous(),
+              "metadata must be contiguous");
+
+  const Step step{positions.data_ptr<int64_t>(),
+                  slots.data_ptr<int64_t>(),
+                  block_tables.data_ptr<int32_t>(),
+                  sequence_of.data_ptr<int32_t>(),
+                  static_cast<int>(rows),
+                  static_cast<int>(block_tables.size(1)),
+                  static_cast<int>(key.size(2) * kLanes)};
+  check_indices(step, key.size(0), block_tables.size(0));
+  at::Tensor out = at::empty({rows, n_head, head_size}, q.options());
+  const auto run_as = [&](auto element) {
+    using T = decltype(element);
+    run(Layer<T>{data<T>(q), data<T>(k), data<T>(v), q.stride(0), q.stride(1), k.stride(0),
+                 k.stride(1), v.stride(0), v.stride(1), data<T>(key), data<T>(value), data<T>(out),
+                 static_cast<int>(n_head), static_cast<int>(head_size), static_cast<int>(padded),
+                 static_cast<int>(key.size(2)),
+                 1.0f / std::sqrt(static_cast<float>(head_size))},
+        step);
+  };
+  switch (q.scalar_type()) {
+    case at::kFloat: run_as(float()); break;
+    case at::kBFloat16: run_as(c10::BFloat16()); break;
+    case at::kHalf: run_as(c10::Half()); break;
+    default: TORCH_CHECK(false, "no attention for ", q.scalar_type());
+  }
+  return out;
+}
+
+// e^x of a float tensor of non-positive numbers, as the softmax computes it: for its test.
+at::Tensor exp_of(const at::Tensor& x) {
+  TORCH_CHECK(x.is_contiguous() && x.numel() % kLanes == 0, "x must fill whole registers");
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  for (int64_t i = 0; i < x.numel(); i += kLanes)
+    store(data<float>(y) + i, exp_nonpositive(load(data<float>(x) + i)));
+  return y;
+}
+
+}  // namespace
+}  // namespace nanogpt
+
+TORCH_LIBRARY(nanogpt_cpu, m) {
+  m.def(
+      "paged_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) key, Tensor(b!) value, "
+      "Tensor positions, Tensor slots, Tensor block_tables, Tensor sequence_of) -> Tensor");
+  m.def("exp_nonpositive(Tensor x) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(nanogpt_cpu, CPU, m) {
+  m.impl("paged_attention", &nanogpt::paged_attention);
+  m.impl("exp_nonpositive", &nanogpt::exp_of);
+}
