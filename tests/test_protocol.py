@@ -4,6 +4,8 @@ import json
 
 import msgspec
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from nanogpt.api.decode import ECHO_CHARS, clip
 from nanogpt.api.plan import find_model, make_plan
@@ -234,6 +236,47 @@ def test_messages_repeat_little_of_the_input(fields):
 def test_clip():
     assert clip("a" * 200) == "a" * 200
     assert clip("a" * 201) == "a" * 199 + "…"
+
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5)
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=3) | st.sampled_from(["5", "7"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+NAMES = st.sampled_from(CompletionRequest.__struct_fields__[1:]) | st.text(max_size=5)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.dictionaries(NAMES, VALUES, max_size=4))
+@example({"max_tokens": 10**4300 - 1})  # one more has too many digits to be printed
+@example({"prompt": [10**4300 - 1]})
+@example({"logit_bias": {"9" * 4000: 1}})
+def test_any_object_is_a_plan_or_a_client_error_that_names_its_field(fields):
+    error = None
+    try:
+        plan(**fields)
+    except ApiError as refusal:
+        error = refusal
+    if error is not None:
+        assert error.status == 400
+        assert error.param in {*fields, "min_tokens", "max_tokens", "n"}  # those have defaults
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
+def test_any_bytes_are_a_request_or_a_client_error(body):
+    with pytest.raises(InvalidRequest):  # none of these has a model
+        parse_completion(body, JSON)
 
 
 # Plans

@@ -69,7 +69,8 @@ def _object(body: bytes) -> dict[str, msgspec.Raw]:
 def _unknown(name: str, known: list[str]) -> InvalidRequest:
     hint = nearest(name, known) if len(name) <= 100 else ""
     return InvalidRequest(
-        f"unknown field {clip(name)!r}{hint}; known are: {', '.join(known)}", param=clip(name)
+        f"unknown field {clip(name)!r}{hint or '; known are: ' + ', '.join(known)}",
+        param=clip(name),
     )
 
 

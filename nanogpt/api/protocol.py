@@ -40,7 +40,8 @@ class CompletionRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         ),
     ] = ""
     max_tokens: Annotated[
-        int, Meta(ge=0, description="an integer from 0: tokens to generate for each choice")
+        int,
+        Meta(ge=0, le=INT64_MAX, description="an integer from 0: tokens to generate a choice"),
     ] = 16
     temperature: Annotated[float, Meta(ge=0, le=2, description="a number from 0 (greedy) to 2")] = (
         1.0
@@ -132,7 +133,11 @@ class CompletionRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     ] = 1.0
     min_tokens: Annotated[
         int,
-        Meta(ge=0, description="an integer from 0 to max_tokens: no end token before so many"),
+        Meta(
+            ge=0,
+            le=INT64_MAX,
+            description="an integer from 0 to max_tokens: no end token before so many",
+        ),
     ] = 0
     ignore_eos: Annotated[bool, Meta(description="true to go on past the end token, or false")] = (
         False
