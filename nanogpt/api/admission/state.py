@@ -1,0 +1,222 @@
+"""What outlives the process: API keys, bans, and what the rules did. One SQLite file.
+
+Every process that opens the file sees the changes of the others: `changed` asks SQLite whether
+another connection committed, which costs microseconds.
+"""
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from nanogpt.api.admission.bans import Ban, Kind
+from nanogpt.api.admission.config import MEMORY_STATE, KeyConfig
+from nanogpt.api.admission.keys import Key
+from nanogpt.api.admission.subject import Subject
+from nanogpt.errors import ConfigError, StartupError
+
+VERSION = 1  # PRAGMA user_version of the tables below
+BUSY_S = 5.0  # how long a write waits for another process's
+_TABLES = """
+CREATE TABLE keys (
+    sha256 TEXT PRIMARY KEY, name TEXT NOT NULL, settings TEXT NOT NULL,
+    created REAL NOT NULL, revoked REAL
+) WITHOUT ROWID;
+CREATE TABLE bans (
+    key TEXT NOT NULL, user TEXT NOT NULL, kind TEXT NOT NULL, reason TEXT NOT NULL,
+    by TEXT NOT NULL, created REAL NOT NULL, until REAL, PRIMARY KEY (key, user, kind)
+) WITHOUT ROWID;
+CREATE TABLE actions (
+    time REAL NOT NULL, key TEXT NOT NULL, user TEXT NOT NULL, rule TEXT NOT NULL,
+    kind TEXT NOT NULL, reason TEXT NOT NULL, dry_run INTEGER NOT NULL
+);
+CREATE INDEX actions_of_subject ON actions (key, user, time);
+CREATE INDEX actions_by_time ON actions (time);
+"""
+
+
+class Action(msgspec.Struct, frozen=True):
+    """A rule's cool-down or ban."""
+
+    time: float  # seconds since the epoch
+    key: str
+    user: str
+    rule: str
+    kind: Kind
+    reason: str
+    dry_run: bool = False  # it was only reported
+
+
+class State:
+    """Thread-safe. Raises StartupError when the file can't be opened or is not ours."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        try:
+            if path != MEMORY_STATE:
+                _make_private(Path(path))
+            self._db = sqlite3.connect(
+                path, timeout=BUSY_S, isolation_level=None, check_same_thread=False
+            )
+        except (OSError, sqlite3.Error) as error:
+            raise _unusable(path, error) from error
+        try:
+            self._set_up()
+        except (sqlite3.Error, StartupError) as error:
+            self._db.close()
+            if isinstance(error, StartupError):
+                raise
+            raise _unusable(path, error) from error
+
+    def _set_up(self) -> None:
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        with self._transaction() as db:
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            if version == 0 and not db.execute("SELECT 1 FROM sqlite_master").fetchone():
+                for statement in filter(str.strip, _TABLES.split(";")):
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version = {VERSION}")
+            elif version != VERSION:
+                raise StartupError(
+                    f"{self.path} is not a state file of this version (it says {version}, "
+                    f"expected {VERSION}); use another path"
+                )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    def version(self) -> int:
+        """Another number whenever another connection has changed the file."""
+        with self._lock:
+            (version,) = self._db.execute("PRAGMA data_version").fetchone()
+        return int(version)
+
+    # Keys
+
+    def keys(self) -> list[Key]:
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT name, settings, created, revoked FROM keys ORDER BY created, name"
+            ).fetchall()
+        return [
+            Key(
+                name=name,
+                settings=msgspec.json.decode(settings, type=KeyConfig),
+                created=created,
+                revoked=revoked,
+            )
+            for name, settings, created, revoked in rows
+        ]
+
+    def add_key(self, key: Key) -> None:
+        """Raises ConfigError when a valid key has this name."""
+        with self._transaction() as db:
+            taken = "SELECT 1 FROM keys WHERE name = ? AND revoked IS NULL"
+            if db.execute(taken, (key.name,)).fetchone():
+                raise ConfigError(f"there is a key {key.name!r} already; revoke it first")
+            settings = msgspec.json.encode(key.settings).decode()
+            db.execute(
+                "INSERT INTO keys VALUES (?, ?, ?, ?, NULL)",
+                (key.settings.sha256, key.name, settings, key.created),
+            )
+
+    def revoke_key(self, name: str, now: float) -> bool:
+        """False when there is no valid key of this name."""
+        with self._transaction() as db:
+            update = "UPDATE keys SET revoked = ? WHERE name = ? AND revoked IS NULL"
+            return db.execute(update, (now, name)).rowcount > 0
+
+    # Bans
+
+    def bans(self, now: float) -> list[Ban]:
+        """Those in force."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT key, user, kind, reason, by, created, until FROM bans "
+                "WHERE until IS NULL OR until > ? ORDER BY created, key, user, kind",
+                (now,),
+            ).fetchall()
+        return [Ban(*row) for row in rows]
+
+    def put_ban(self, ban: Ban, *, replace: bool) -> None:
+        """Forgets those that have expired. One of the same subject and kind is replaced, or (not
+        `replace`) stays when it lasts longer: no rule shortens what an operator said.
+        """
+        longer = "excluded.until IS NULL OR excluded.until > until"
+        with self._transaction() as db:
+            db.execute("DELETE FROM bans WHERE until <= ?", (ban.created,))
+            db.execute(
+                "INSERT INTO bans VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
+                "reason = excluded.reason, by = excluded.by, created = excluded.created, "
+                f"until = excluded.until {'' if replace else 'WHERE ' + longer}",
+                msgspec.structs.astuple(ban),
+            )
+
+    def lift(self, subject: Subject, now: float) -> list[Ban]:
+        """End bans and cool-downs, and what led to them; returns those that were in force.
+
+        A user with key "" is meant under every key, and for all keys.
+        """
+        assert subject != Subject("", ""), "nobody"
+        where = "WHERE user = ?2 AND (key = ?1 OR (?1 = '' AND ?2 != ''))"
+        with self._transaction() as db:
+            rows = db.execute(
+                f"DELETE FROM bans {where} RETURNING key, user, kind, reason, by, created, until",
+                subject,
+            ).fetchall()
+            db.execute(f"DELETE FROM actions {where}", subject)
+        bans = [Ban(*row) for row in rows]
+        return [ban for ban in bans if ban.holds(now)]
+
+    # What rules did
+
+    def add_action(self, action: Action, forget_before: float) -> None:
+        with self._transaction() as db:
+            db.execute("DELETE FROM actions WHERE time < ?", (forget_before,))
+            db.execute(
+                "INSERT INTO actions VALUES (?, ?, ?, ?, ?, ?, ?)",
+                msgspec.structs.astuple(action),
+            )
+
+    def actions(self, since: float, user: str | None, key: str | None = None) -> list[Action]:
+        """Oldest first, of one user and key, or of any (None)."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT time, key, user, rule, kind, reason, dry_run FROM actions WHERE time >= ?1 "
+                "AND (?2 IS NULL OR user = ?2) AND (?3 IS NULL OR key = ?3) ORDER BY time",
+                (since, user, key),
+            ).fetchall()
+        return [
+            Action(time, key, user, rule, kind, reason, bool(dry_run))
+            for time, key, user, rule, kind, reason, dry_run in rows
+        ]
+
+
+def _make_private(path: Path) -> None:
+    """The file with mode 0600 (SQLite gives its side files the same), and its directory."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path.touch(mode=0o600)
+
+
+def _unusable(path: str, error: Exception) -> StartupError:
+    detail = error.strerror if isinstance(error, OSError) else str(error)
+    return StartupError(
+        f"can't use the state file {path}: {detail}; choose another with admission.state"
+    )
