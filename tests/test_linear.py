@@ -65,7 +65,7 @@ def test_agrees_with_linear_and_gelu(shape: tuple[int, ...], gelu: str | None, b
     linear = nn.Linear(96, 65, bias=bias)
     x = torch.randn(*shape, 96)
     expected = linear(x) if gelu is None else F.gelu(linear(x), approximate=gelu)
-    ours = PackedLinear(linear, gelu)(x)  # type: ignore[arg-type]
+    ours = PackedLinear(linear, gelu)(x)
     assert ours.shape == expected.shape
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 

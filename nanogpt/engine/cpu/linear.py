@@ -7,7 +7,6 @@ One row alone goes through another kernel with other bits, so there are always a
 """
 
 import logging
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +29,10 @@ def padded_rows(rows: int) -> int:
 class PackedLinear(nn.Module):
     """y = x W^T + b of an nn.Linear, then GELU if asked: (..., in) to (..., out). Inference only.
 
-    `gelu` is the `approximate` of nn.GELU; None means no activation.
+    `gelu` is the `approximate` of nn.GELU ("none" or "tanh"); None means no activation.
     """
 
-    def __init__(self, linear: nn.Linear, gelu: Literal["none", "tanh"] | None = None) -> None:
+    def __init__(self, linear: nn.Linear, gelu: str | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         # The number of rows is left open (None); the layout must fit all of them.
