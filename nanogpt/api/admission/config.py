@@ -25,6 +25,20 @@ class Limits(Section, frozen=True, kw_only=True):
     tokens_per_minute: Number = 0  # of prompts and of what is generated
 
 
+class OwnLimits(Section, frozen=True, kw_only=True):
+    """What a key has instead of the limits of all; null: the same."""
+
+    requests_per_minute: Number | None = None
+    tokens_per_minute: Number | None = None
+
+    def over(self, common: Limits) -> Limits:
+        requests, tokens = self.requests_per_minute, self.tokens_per_minute
+        return Limits(
+            requests_per_minute=common.requests_per_minute if requests is None else requests,
+            tokens_per_minute=common.tokens_per_minute if tokens is None else tokens,
+        )
+
+
 class KeyConfig(Section, frozen=True, kw_only=True):
     """What a key may do. Its secret is `sha256` here, or stands in NANOGPT_API_KEYS."""
 
@@ -32,8 +46,8 @@ class KeyConfig(Section, frozen=True, kw_only=True):
     admin: bool = False  # for the routes of operators; never limited or banned
     weight: Annotated[float, Meta(gt=0, le=1000)] = 1.0  # its share when the server is full
     models: tuple[str, ...] = ()  # the only ones that it may use; empty: all
-    limits: Limits | None = None  # instead of [admission.key_limits]
-    user_limits: Limits | None = None  # instead of [admission.user_limits]
+    limits: OwnLimits = OwnLimits()  # over [admission.key_limits]
+    user_limits: OwnLimits = OwnLimits()  # over [admission.user_limits]
 
 
 class Rule(Section, frozen=True, kw_only=True):

@@ -138,8 +138,8 @@ class KeyRing:
             admin=settings.admin,
             weight=settings.weight,
             models=settings.models,
-            limits=settings.limits or self._config.key_limits,
-            user_limits=settings.user_limits or self._config.user_limits,
+            limits=settings.limits.over(self._config.key_limits),
+            user_limits=settings.user_limits.over(self._config.user_limits),
         )
 
     def find(self, authorization: str | None, *, admin: bool) -> Principal:

@@ -46,7 +46,7 @@ class Live:
 
     def _load(self) -> None:
         self._version = self._state.version()  # first: a change from now on is seen next time
-        self._ring = self._make_ring(self._state.keys())
+        self._ring = self._make_ring(self._state.api_keys())
         self._bans = BanList(self._state.bans(self._clock.time()))
         self._check_at = self._clock.monotonic() + REFRESH_S
 

@@ -110,7 +110,7 @@ class State:
 
     # Keys
 
-    def keys(self) -> list[Key]:
+    def api_keys(self) -> list[Key]:
         with self._lock:
             rows = self._db.execute(
                 "SELECT name, settings, created, revoked FROM keys ORDER BY created, name"
