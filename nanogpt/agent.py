@@ -16,7 +16,7 @@ def main() -> int:
     except ChildFailedError as error:
         name, failure = error.name, error.get_first_failure()[1]
         print(
-            f"torchrun gave up: {name}, rank {failure.global_rank}, exit {failure.exitcode}",
+            f"torchrun gave up: {name}, local rank {failure.local_rank}, exit {failure.exitcode}",
             file=sys.stderr,
         )
         return 1
