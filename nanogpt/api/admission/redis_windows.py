@@ -157,34 +157,38 @@ class SharedWindows:
         self.failures = 0
 
     def take(self, claims: Sequence[Claim]) -> Taken | Full:
-        return self._first(lambda: self._shared.take(claims), lambda: self._local.take(claims))
+        """Raises Unavailable when Redis is away and that is to refuse."""
+        return self._ask(lambda: self._shared.take(claims), lambda: self._take_alone(claims))
 
     def levels(self, claims: Sequence[Claim]) -> list[Level]:
-        return self._first(lambda: self._shared.levels(claims), lambda: self._local.levels(claims))
+        return self._ask(lambda: self._shared.levels(claims), lambda: self._local.levels(claims))
 
     def give_back(self, taken: Taken, amount: int) -> None:
         if taken.shared:
             # If Redis is away the reservation stays until it is a minute old: the safe side.
-            self._first(lambda: self._shared.give_back(taken, amount), lambda: None)
+            self._ask(lambda: self._shared.give_back(taken, amount), lambda: None)
         else:
             self._local.give_back(taken, amount)
 
-    def _first(self, ask: Callable[[], T], instead: Callable[[], T]) -> T:
-        if self._clock.monotonic() >= self._retry_at:
-            try:
-                answer = ask()
-            except self._error as error:
-                self._failed(error)
-            else:
-                if self._down:
-                    self._down = False
-                    log.warning("Redis is back: limits are shared again")
-                return answer
+    def _take_alone(self, claims: Sequence[Claim]) -> Taken | Full:
         if self._refuse:
             raise Unavailable(
                 "limits can't be checked at the moment; try again soon", retry_after=2
             )
-        return instead()
+        return self._local.take(claims)
+
+    def _ask(self, ask: Callable[[], T], instead: Callable[[], T]) -> T:
+        if self._clock.monotonic() < self._retry_at:
+            return instead()
+        try:
+            answer = ask()
+        except self._error as error:
+            self._failed(error)
+            return instead()
+        if self._down:
+            self._down = False
+            log.warning("Redis is back: limits are shared again")
+        return answer
 
     def _failed(self, error: Exception) -> None:
         self.failures += 1
