@@ -1,12 +1,14 @@
 """The engine with a tiny network: what is cached, shared or batched must not show in answers."""
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
+from nanogpt.engine.attention import select_backend
 from nanogpt.engine.engine import Engine
 from nanogpt.engine.kv_cache import blocks_per_context, num_kv_blocks_for
 from nanogpt.errors import EngineError
@@ -39,9 +41,23 @@ def loaded() -> Loaded:
     return Loaded(model.eval(), model_info(CONTEXT))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Networks this small gain nothing from a second one, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def engine_of(loaded: Loaded, **options: Any) -> Engine:
     options = {"rank": 0, "num_kv_blocks": 128, "max_num_seqs": 32, **options}
     return Engine(loaded, device="cpu", **options)  # type: ignore[arg-type]
+
+
+def has_row_invariant_kernels() -> bool:
+    """The C++ kernels are built; without them rows are equal to rounding only."""
+    return select_backend(torch.device("cpu"), torch.float32, 16).name == "cpu"
 
 
 def full_logits(loaded: Loaded, tokens: list[int]) -> torch.Tensor:
@@ -90,9 +106,9 @@ def load_of(rng: random.Random) -> list[GenerateRequest]:
     ]
 
 
-@pytest.mark.parametrize("params", [{}, {"temperature": 0.0}, {"top_p": 0.8, "logprobs": 3}])
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.0}, {"top_p": 0.8}])
 def test_a_choice_is_the_same_alone_and_under_load(loaded: Loaded, params: dict[str, Any]) -> None:
-    subject = request("subject", prompt_of(50, 5), seed=77, max_tokens=60, **params)
+    subject = request("subject", prompt_of(50, 5), seed=77, max_tokens=60, logprobs=5, **params)
     alone = run_all(engine_of(loaded), subject)
     preemptions = 0
     for seed in range(3):
@@ -103,9 +119,8 @@ def test_a_choice_is_the_same_alone_and_under_load(loaded: Loaded, params: dict[
         busy = run_all(engine, *requests)
         preemptions += engine.stats().preemptions
         assert busy.tokens["subject", 0] == alone.tokens["subject", 0]
-        assert [e.top_ids for e in busy.logprobs["subject", 0]] == [
-            e.top_ids for e in alone.logprobs["subject", 0]
-        ]
+        if has_row_invariant_kernels():
+            assert busy.logprobs["subject", 0] == alone.logprobs["subject", 0]
     assert preemptions > 0
 
 
@@ -176,14 +191,14 @@ def test_the_token_that_ends_a_choice_has_its_log_probability(loaded: Loaded) ->
         assert [entry.top_ids for entry in event.logprobs] == ([(end,)] if logprobs else [])
 
 
-def test_a_network_that_fails_is_an_engine_error(loaded: Loaded) -> None:
-    class Broken(torch.nn.Module):
-        config, wte = loaded.model.config, loaded.model.wte
+def test_a_network_that_fails_is_an_engine_error(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("out of memory")
 
-        def hidden(self, *_: object) -> None:
-            raise RuntimeError("out of memory")
-
-    engine = engine_of(Loaded(Broken(), loaded.info))  # type: ignore[arg-type]
+    engine = engine_of(loaded)
+    monkeypatch.setattr(loaded.model, "hidden", broken)
     engine.add(request("r"))
     with pytest.raises(EngineError, match="out of memory"):
         engine.step()

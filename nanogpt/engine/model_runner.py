@@ -1,23 +1,17 @@
-"""Runs a batch: packs its tokens, calls the network, has the sampled rows sampled.
-
-All chunks lie behind one another in one row of N tokens, without padding:
-
-    chunks   a5 | b0 b1 b2 b3 | c9        one decode, a prompt's start, one decode; N = 6
-    rows      0    1  2  3  4    5
-    sampled   0             4    5        only these meet the vocabulary matrix
-"""
+"""Runs a batch: the network over its packed rows, then the sampler over the rows that need it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanogpt.engine.attention import AttentionMetadata, PagedAttend, Span, allocate_kv_cache
+from nanogpt.engine.attention import PagedAttend, allocate_kv_cache
+from nanogpt.engine.cpu.linear import pack_model
+from nanogpt.engine.packing import pack, to_device
 from nanogpt.engine.sampler import Sampler
 from nanogpt.engine.scheduler import Batch, Chunk
 from nanogpt.engine.sequence import Sequence
@@ -43,13 +37,18 @@ class StepOutput:
 
 
 class ModelRunner:
-    """Owns the network, the KV cache and the sampler of one engine."""
+    """Owns the network, the KV cache and the sampler of one engine.
+
+    On a CPU the network's linear layers are packed, in place.
+    """
 
     def __init__(
         self, loaded: LoadedModel, *, device: torch.device, num_kv_blocks: int, block_size: int
     ) -> None:
         self._model, self._device = loaded.model, device
         config, dtype = loaded.model.config, loaded.model.wte.weight.dtype
+        if device.type == "cpu":
+            pack_model(self._model)
         self._cache = allocate_kv_cache(config, num_kv_blocks, block_size, dtype, device)
         self._sampler = Sampler(
             vocab_rows=config.vocab_size,
@@ -78,11 +77,9 @@ class ModelRunner:
         return StepOutput(token_ids, logprobs, scores)
 
     def _hidden(self, chunks: list[Chunk]) -> Tensor:
-        tokens = [*chain.from_iterable(c.seq.tokens[c.start : c.end] for c in chunks)]
-        spans = [Span(c.start, c.end, c.seq.block_table) for c in chunks]
-        metadata = AttentionMetadata.build(spans, self._cache.block_size, self._device)
+        token_ids, metadata = pack(chunks, self._cache.block_size, self._device)
         attend = PagedAttend(self._cache, metadata)
-        return self._model.hidden(self._tensor(tokens), metadata.positions, attend)
+        return self._model.hidden(token_ids, metadata.positions, attend)
 
     def _score(self, hidden: Tensor, chunk: Chunk, first_row: int) -> tuple[TokenLogprobs, ...]:
         """Log probabilities of the chunk's prompt tokens, each from the row before it, in slices:
@@ -100,5 +97,4 @@ class ModelRunner:
         return tuple(entries)
 
     def _tensor(self, numbers: list[int]) -> Tensor:
-        tensor = torch.from_numpy(np.array(numbers, np.int64))
-        return tensor.to(self._device, non_blocking=True)
+        return to_device(np.array(numbers, np.int64), self._device)
