@@ -16,6 +16,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     rank that generates the choice; a rank ignores the others. `resumed[index]` are tokens that an
     earlier incarnation already generated for the choice: they count as generated, and generation
     goes on at position len(resumed[index]). `finished` are indices that need no more work.
+
+    Under contention tenants of one priority get equal service on each rank, or service in
+    proportion to `weight` (finite, above 0). `tenant` is an opaque name; "" is one like any other.
     """
 
     request_id: str
@@ -27,6 +30,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     resumed: tuple[tuple[int, ...], ...] = ()
     finished: tuple[int, ...] = ()
     priority: int = 0  # lower runs first
+    tenant: str = ""  # whom the scheduler treats fairly: an API key and its end user
+    weight: float = 1.0  # the tenant's share, relative to those of others
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
