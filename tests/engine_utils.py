@@ -121,13 +121,26 @@ class FakeRunner:
         output.scores.append((seq, entries))
 
     def _token(self, seq: Sequence) -> int:
-        digest = prefix_digest(seq.tokens)
         row = uniforms(seq.params.seed, seq.prompt_i, seq.choice_j, seq.max_new)
-        return (digest[0] + int(row[seq.output_len] * 2**20)) % VOCAB_SIZE
+        return fake_token(seq.tokens, row[seq.output_len])
 
 
 def prefix_digest(tokens: list[int]) -> bytes:
     return hashlib.blake2b(repr(tokens).encode(), digest_size=8).digest()
+
+
+def fake_token(tokens: list[int], uniform: float) -> int:
+    return (prefix_digest(tokens)[0] + int(uniform * 2**20)) % VOCAB_SIZE
+
+
+def fake_output(req: GenerateRequest, index: int, context_length: int = 64) -> list[int]:
+    """What a choice has to bring when a fake runner runs it, without any engine."""
+    prompt_i, choice_j = divmod(index, req.n)
+    tokens = [*req.prompts[prompt_i]]
+    count = min(req.params.max_tokens, context_length - len(tokens))
+    for uniform in uniforms(req.params.seed, prompt_i, choice_j, count):
+        tokens.append(fake_token(tokens, uniform))
+    return tokens[len(tokens) - count :]
 
 
 class FakeLoaded:

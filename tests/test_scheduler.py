@@ -1,6 +1,8 @@
 """Scheduling without a network: a fake runner checks every slot of the cache that a step reads."""
 
 import random
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from tests.engine_utils import (
     Collector,
     FakeRunner,
     fake_engine,
+    fake_output,
     request,
     run_all,
 )
@@ -23,14 +26,6 @@ from tests.engine_utils import (
 def prompt_of(length: int, seed: int = 0) -> list[int]:
     rng = random.Random(seed)
     return [rng.randrange(VOCAB_SIZE) for _ in range(length)]
-
-
-def alone(req: GenerateRequest, **engine_options: int) -> Collector:
-    """What a request brings with a large pool to itself."""
-    return run_all(
-        fake_engine(num_kv_blocks=1024, max_num_seqs=256, max_batch_tokens=256, **engine_options),
-        req,
-    )
 
 
 def test_a_single_request() -> None:
@@ -81,7 +76,7 @@ def test_choices_that_do_not_fit_together_run_some_at_a_time() -> None:
     req = request("r", prompt_of(30), n=128, max_tokens=10)
     engine = fake_engine(num_kv_blocks=40, max_num_seqs=16)
     result = run_all(engine, req)
-    assert result.tokens == alone(req).tokens
+    assert result.tokens == {("r", i): fake_output(req, i) for i in range(128)}
     assert engine.stats().prompt_tokens < 128 * 30 / 4, "siblings use the prefix cache"
 
 
@@ -91,7 +86,7 @@ def test_preempted_choices_are_recomputed_without_a_trace() -> None:
     result = run_all(engine, *reqs)
     assert engine.stats().preemptions > 0
     for req in reqs:
-        assert result.tokens[req.request_id, 0] == alone(req).tokens[req.request_id, 0]
+        assert result.tokens[req.request_id, 0] == fake_output(req, 0)
 
 
 def test_the_first_in_order_is_never_preempted() -> None:
@@ -185,7 +180,7 @@ def test_abort_of_the_choice_that_computes_the_prompt() -> None:
             collector.take(engine.step())
             engine.check_integrity()
         assert {("r", 1), ("r", 2)} <= collector.finish_reasons.keys()
-        assert collector.tokens["r", 2] == alone(req).tokens["r", 2]
+        assert collector.tokens["r", 2] == fake_output(req, 2)
         assert engine.stats().prompt_tokens == 40
 
 
@@ -193,19 +188,18 @@ def test_only_own_choices_run_and_finished_ones_do_not() -> None:
     req = request(
         "r", [1, 2, 3], [4, 5], n=3, owners=(0, 1, 0, 1, 0, 1), finished=(2,), max_tokens=4
     )
-    full = alone(request("r", [1, 2, 3], [4, 5], n=3, max_tokens=4))
     mine = run_all(fake_engine(rank=0), req)
     other = run_all(fake_engine(rank=1), req)
     assert set(mine.finish_reasons) == {("r", 0), ("r", 4)}
     assert set(other.finish_reasons) == {("r", 1), ("r", 3), ("r", 5)}
     for part in (mine, other):
         for key, tokens in part.tokens.items():
-            assert tokens == full.tokens[key]
+            assert tokens == fake_output(req, key[1])
 
 
 def test_resumed_choices_go_on_where_they_were() -> None:
     plain = request("r", prompt_of(9), n=4, max_tokens=12)
-    full = alone(plain).tokens
+    full = {("r", i): fake_output(plain, i) for i in range(4)}
     cuts = (0, 5, 12, 11)
     resumed = tuple(tuple(full["r", i][:cut]) for i, cut in enumerate(cuts))
     engine = fake_engine()
@@ -252,17 +246,18 @@ def test_scored_prompts_do_not_use_the_prefix_cache_but_fill_it() -> None:
 
 
 def test_stop_tokens_end_a_choice_and_are_not_part_of_it() -> None:
-    req = request("r", prompt_of(5), max_tokens=30)
-    tokens = alone(req).tokens["r", 0]
+    tokens = fake_output(request("r", prompt_of(5), max_tokens=30), 0)
     stop = tokens[7]
     expected = tokens[: tokens.index(stop)]
-    by_id = alone(request("r", prompt_of(5), max_tokens=30, stop_token_ids=(stop,)))
-    by_end = alone(req, eos_token_id=stop)
-    ignored = alone(request("r", prompt_of(5), max_tokens=30, ignore_eos=True), eos_token_id=stop)
+    req = request("r", prompt_of(5), max_tokens=30, stop_token_ids=(stop,))
+    by_id = run_all(fake_engine(), req)
+    req = request("r", prompt_of(5), max_tokens=30)
+    by_end = run_all(fake_engine(eos_token_id=stop), req)
     for result in (by_id, by_end):
         assert result.tokens["r", 0] == expected
         assert result.finish_reasons["r", 0] == "stop"
-    assert ignored.tokens["r", 0] == tokens
+    req = request("r", prompt_of(5), max_tokens=30, ignore_eos=True)
+    assert run_all(fake_engine(eos_token_id=stop), req).tokens["r", 0] == tokens
 
 
 @pytest.mark.parametrize(
@@ -371,13 +366,22 @@ def test_whatever_happens_every_choice_completes_once_with_its_own_tokens(
     assert not engine.has_work
     assert engine.stats().free_blocks == num_kv_blocks
     for req in requests:
-        expected = alone(req)
-        for key, reason in expected.finish_reasons.items():
-            if key in aborted:
-                assert key not in collector.finish_reasons
-            else:
-                assert collector.finish_reasons[key] == reason
-                assert collector.tokens[key] == expected.tokens[key]
-        for key, scores in expected.scores.items():
-            if (req.request_id, key[1] * req.n) not in aborted:
-                assert collector.scores[key] == scores
+        for index in range(len(req.owners)):
+            key = req.request_id, index
+            assert (key in collector.finish_reasons) != (key in aborted)
+            if key not in aborted:
+                assert collector.tokens[key] == fake_output(req, index)
+        for prompt_i, prompt in enumerate(req.prompts if req.params.prompt_logprobs else ()):
+            if (req.request_id, prompt_i * req.n) not in aborted and len(prompt) > 1:
+                scores = collector.scores[req.request_id, prompt_i]
+                assert [-entry.logprob for entry in scores] == [*prompt[1:]]
+
+
+def test_scheduling_never_loads_torch() -> None:
+    """In a process of its own: neither directly nor through anything it imports."""
+    code = (
+        "import sys, nanogpt.engine.scheduler, nanogpt.engine.block_manager, "
+        "nanogpt.engine.sequence; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -11,7 +11,7 @@ the least recently used goes first, and blocks that nobody could find go before 
 """
 
 from array import array
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable
 from hashlib import blake2b
 
@@ -106,16 +106,24 @@ class BlockManager:
 
         `block_tables` are those of all sequences that hold blocks.
         """
-        held = Counter(block for table in block_tables for block in table)
-        problems = [
-            f"block {block}: {count} references, {held[block]} holders"
-            for block, count in enumerate(self._references)
-            if count != held[block] or (count == 0) != (block in self._free)
-        ]
-        if len(self._free) + len(held) != self.num_blocks:
-            problems.append(f"{len(self._free)} free + {len(held)} used != {self.num_blocks}")
-        registered = {b: h for b, h in enumerate(self._hash_of) if h is not None}
-        if {h: b for b, h in registered.items()} != self._block_of:
+        held = [0] * self.num_blocks
+        for table in block_tables:
+            for block in table:
+                held[block] += 1
+        problems = []
+        if held != self._references:
+            problems += [
+                f"block {block}: {count} references, {holders} holders"
+                for block, (count, holders) in enumerate(zip(self._references, held, strict=True))
+                if count != holders
+            ]
+        if any(map(self._references.__getitem__, self._free)):
+            problems.append("a block is both free and held")
+        if len(self._free) != held.count(0):
+            problems.append(f"{len(self._free)} free blocks, {held.count(0)} without holders")
+        num_registered = self.num_blocks - self._hash_of.count(None)
+        found = [*map(self._hash_of.__getitem__, self._block_of.values())]
+        if found != [*self._block_of] or num_registered != len(found):
             problems.append("the prefix cache's two directions disagree")
         if problems:
             raise EngineError("KV cache accounting: " + "; ".join(problems[:5]))
