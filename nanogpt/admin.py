@@ -79,7 +79,7 @@ def _users_list(args: argparse.Namespace, state: State, _: AdmissionConfig) -> i
 
 def _users_explain(args: argparse.Namespace, state: State, config: AdmissionConfig) -> int:
     found = explain(state, config, time.time(), _user(args.user), args.key or None)
-    print(found.blocked or f"nothing shuts {Subject(args.key, found.user)} out")
+    _say(found.blocked or f"nothing shuts {Subject(args.key, found.user)} out")
     _print_details(found)
     return 0
 
@@ -97,9 +97,7 @@ def _print_details(found: Explanation) -> None:
     _section(
         "last decisions",
         (
-            " ".join(
-                filter(None, (utc(e.time), e.decision, e.code, _shown(e.reason), e.request_id))
-            )
+            " ".join(filter(None, (utc(e.time), e.decision, e.code, e.reason, e.request_id)))
             for e in found.decisions
         ),
     )
@@ -110,12 +108,12 @@ def _section(title: str, lines: Iterable[str]) -> None:
     if shown:
         print(f"\n{title}:")
         for line in shown:
-            print(f"  {_shown(line)}")
+            _say(f"  {line}")
 
 
-def _shown(text: str) -> str:
-    """Text of others, so that it can't steer the terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def _say(text: str) -> None:
+    """Print one line, in which text of others can't steer the terminal."""
+    print("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
 
 
 # keys
@@ -152,7 +150,8 @@ def _keys_create(args: argparse.Namespace, state: State, _: AdmissionConfig) -> 
 def _keys_list(args: argparse.Namespace, state: State, _: AdmissionConfig) -> int:
     for key in state.api_keys():
         status = "valid" if key.revoked is None else f"revoked {utc(key.revoked)}"
-        print(f"{key.name}\tcreated {utc(key.created)}\t{status}\t{_abilities(key.settings)}")
+        created = f"created {utc(key.created)}"
+        _say(f"{key.name}: {status}, {created}; {_abilities(key.settings)}")
     return 0
 
 
@@ -199,14 +198,14 @@ def _keys_unban(args: argparse.Namespace, state: State, _: AdmissionConfig) -> i
 def _ban(subject: Subject, args: argparse.Namespace, state: State) -> int:
     ban = new_ban(subject, args.reason, _operator(), time.time(), args.seconds)
     state.put_ban(ban, replace=True)
-    print(ban)
+    _say(str(ban))
     return 0
 
 
 def _unban(subject: Subject, state: State) -> int:
     lifted = state.lift(subject, time.time())
     for ban in lifted:
-        print(f"lifted: {ban}")
+        _say(f"lifted: {ban}")
     if not lifted:
         print(f"nothing shuts {subject} out; see: users list", file=sys.stderr)
         return 1
@@ -215,7 +214,7 @@ def _unban(subject: Subject, state: State) -> int:
 
 def _print_bans(bans: Iterable[Ban]) -> None:
     for ban in bans:
-        print(_shown(f"{ban}: {ban.reason}"))
+        _say(f"{ban}: {ban.reason}")
 
 
 def _operator() -> str:

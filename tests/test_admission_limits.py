@@ -110,7 +110,10 @@ def test_a_refused_claim_fits_after_the_wait(make_windows, schedule, limit):
 def test_memory_and_redis_decide_alike(redis_client, schedule):
     clock = FakeClock()
     redis_client.flushall()
-    memory, shared = MemoryWindows(clock, WINDOW_S, 100), RedisWindows(redis_client, clock, WINDOW_S)
+    memory, shared = (
+        MemoryWindows(clock, WINDOW_S, 100),
+        RedisWindows(redis_client, clock, WINDOW_S),
+    )
     for pause, cost, returned in schedule:
         clock.advance(pause)
         claims = [Claim(TEAM, 40, cost), Claim(ALICE, 20, cost)]
@@ -270,7 +273,7 @@ def test_racing_settles_give_back_once(limiter):
 
 def test_a_request_larger_than_the_limit_is_told_so(limiter):
     """Waiting would never help, so it is no 429."""
-    with pytest.raises(InvalidRequest, match="up to 101 tokens.* limit of 100 .*lower max_tokens"):
+    with pytest.raises(InvalidRequest, match=r"up to 101 tokens.* limit of 100 .*lower max_tokens"):
         limiter.reserve_tokens(principal(tokens=100), "", 101)
 
 

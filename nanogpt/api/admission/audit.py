@@ -8,6 +8,7 @@ import fcntl
 import json
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -68,7 +69,10 @@ class AuditLog:
         self._handler.handle(logging.makeLogRecord({"msg": line(entry)}))
 
     def close(self) -> None:
-        self._handler.close()
+        try:
+            self._handler.close()
+        except OSError as error:  # what could not be written before can't be now
+            self._handler.failed(error)
 
 
 def open_audit(config: AdmissionConfig) -> AuditLog | None:
@@ -158,8 +162,13 @@ class _SharedFile(RotatingFileHandler):
         return True
 
     def handleError(self, record: logging.LogRecord) -> None:
+        self.failed(sys.exception())
+
+    def failed(self, error: BaseException | None) -> None:
         self.failures += 1
         if self.failures == 1:
-            log.exception(
-                "can't write the audit log %s; further failures are only counted", self.baseFilename
+            log.error(
+                "can't write the audit log %s (%s); further failures are only counted",
+                self.baseFilename,
+                error,
             )
