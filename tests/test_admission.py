@@ -374,11 +374,14 @@ def test_a_state_file_that_is_none(tmp_path, make):
         State(str(path))
 
 
-def test_a_state_that_breaks_leaves_the_bans_in_force(start, clock, tmp_path, caplog):
+@pytest.mark.parametrize(
+    "damage", ["DROP TABLE bans", "INSERT INTO keys VALUES ('00', 'a', '{\"wat\": 1}', 0, NULL)"]
+)
+def test_a_state_that_breaks_leaves_the_bans_in_force(start, clock, tmp_path, caplog, damage):
     admission = start()
     admission.ban(user="mallory", reason="x", seconds=None, by="ops")
-    with closing(sqlite3.connect(tmp_path / "state.sqlite")) as db:
-        db.execute("DROP TABLE bans")
+    with closing(sqlite3.connect(tmp_path / "state.sqlite")) as db, db:
+        db.execute(damage)
     for _ in range(3):
         clock.advance(REFRESH_S)
         with pytest.raises(Banned):
@@ -681,6 +684,8 @@ def test_explain_says_why(start, clock):
     assert admission.explain("u", "team-b").blocked == ""
     admission.ban(key="team-a", reason="leaked", seconds=None, by="ops")
     assert "leaked" in admission.explain("u", "team-a").blocked
+    clock.advance(11)
+    assert admission.explain("u").strikes == []
     msgspec.json.encode(found)
 
 

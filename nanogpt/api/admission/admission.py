@@ -88,6 +88,8 @@ class Admission:
         self._limiter = Limiter(self._shared or local)
         self._bursts = MemoryWindows(clock, config.bursts.seconds, config.max_users)
         with ExitStack() as resources:
+            if self._shared is not None:
+                resources.callback(self._shared.close)
             self._state = State(config.state_path)
             resources.callback(self._state.close)
             audit = open_audit(config)
@@ -238,7 +240,7 @@ class Admission:
         if subject == Subject("", ""):
             raise InvalidRequest("name a user or a key", param="user")
         lifted = self._state.lift(subject, self._clock.time())
-        self._enforcer.strikes.clear(subject)
+        self._enforcer.forget(subject)
         self._live.reload()
         for ban in lifted:
             self._recorder.note(Entry(decision="unban", key=ban.key, user=ban.user, by=by))
@@ -252,11 +254,9 @@ class Admission:
         """Why a user is blocked, under one key or (None) any; user "" is the key itself."""
         user = clean_user(user)
         known = explain(self._state, self._config, self._clock.time(), user, key)
-        struck = self._enforcer.strikes.of(user, key)
         strikes = [
             Strike(*subject, rule, times)
-            for subject, rules in struck.items()
-            for rule, times in rules.items()
+            for subject, rule, times in self._enforcer.strikes_of(user, key)
         ]
         principals = [p for p in self._live.ring.principals() if key in (None, p.key_name)]
         limits = [

@@ -9,6 +9,7 @@ from nanogpt.api.admission.bans import BanList
 from nanogpt.api.admission.clock import Clock
 from nanogpt.api.admission.keys import Key, KeyRing
 from nanogpt.api.admission.state import State
+from nanogpt.errors import StartupError
 
 log = logging.getLogger("admission")
 
@@ -40,7 +41,7 @@ class Live:
         return self._bans
 
     def reload(self) -> None:
-        """After a change by this process. Raises sqlite3.Error."""
+        """After a change by this process. Raises sqlite3.Error, StartupError."""
         with self._lock:
             self._load()
 
@@ -58,7 +59,7 @@ class Live:
             if self._state.version() != self._version:
                 self._load()
             self._failing = False
-        except sqlite3.Error as error:
+        except (sqlite3.Error, StartupError) as error:
             if not self._failing:
                 log.error(
                     "can't read %s (%s): keys and bans stay as they are", self._state.path, error

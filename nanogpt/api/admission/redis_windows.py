@@ -117,6 +117,9 @@ class RedisWindows:
             args=[taken.slot, *(min(amount, claim.cost) for claim in taken.claims)],
         )
 
+    def close(self) -> None:
+        self._client.close()
+
     def levels(self, claims: Sequence[Claim]) -> list[Level]:
         pipeline = self._client.pipeline(transaction=False)
         for claim in claims:
@@ -169,6 +172,9 @@ class SharedWindows:
             self._ask(lambda: self._shared.give_back(taken, amount), lambda: None)
         else:
             self._local.give_back(taken, amount)
+
+    def close(self) -> None:
+        self._shared.close()
 
     def _take_alone(self, claims: Sequence[Claim]) -> Taken | Full:
         if self._refuse:

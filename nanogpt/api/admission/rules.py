@@ -47,7 +47,7 @@ class Strikes:
         """Times by subject and rule, of this user under one key or any (None)."""
         with self._lock:
             return {
-                subject: {rule: list(times) for rule, times in rules.items() if times}
+                subject: {rule: list(times) for rule, times in rules.items()}
                 for subject, rules in self._times.items()
                 if subject.user == user and key in (None, subject.key)
             }
@@ -78,7 +78,7 @@ class Enforcer:
     ) -> None:
         self._rules, self._state, self._clock = rules, state, clock
         self._dry_run, self._changed = dry_run, changed
-        self.strikes = Strikes(max_subjects)
+        self._strikes = Strikes(max_subjects)
 
     def strike(self, subject: Subject, rule_name: str) -> list[Action]:
         """One more strike of a user (or of a key, for a request without user), and what follows."""
@@ -92,10 +92,25 @@ class Enforcer:
         reached = [
             (struck, limit)
             for struck, limit in limits.items()
-            if self.strikes.add(struck, rule_name, now, rule.window_s, limit)
+            if self._strikes.add(struck, rule_name, now, rule.window_s, limit)
         ]
         actions = [self._act(struck, rule_name, rule, limit, now) for struck, limit in reached]
         return [action for action in actions if action is not None]
+
+    def strikes_of(self, user: str, key: str | None) -> list[tuple[Subject, str, list[float]]]:
+        """Times by subject and rule that still count, of a user under one key or any (None)."""
+        now = self._clock.time()
+        counted = []
+        for subject, rules in self._strikes.of(user, key).items():
+            for rule, times in rules.items():
+                recent = [time for time in times if time > now - self._rules[rule].window_s]
+                if recent:
+                    counted.append((subject, rule, recent))
+        return counted
+
+    def forget(self, subject: Subject) -> None:
+        """Strikes of a subject; a user with key "" is meant under every key."""
+        self._strikes.clear(subject)
 
     def _act(
         self, subject: Subject, name: str, rule: Rule, limit: int, now: float

@@ -115,15 +115,14 @@ class State:
             rows = self._db.execute(
                 "SELECT name, settings, created, revoked FROM keys ORDER BY created, name"
             ).fetchall()
-        return [
-            Key(
-                name=name,
-                settings=msgspec.json.decode(settings, type=KeyConfig),
-                created=created,
-                revoked=revoked,
-            )
-            for name, settings, created, revoked in rows
-        ]
+        return [self._key(*row) for row in rows]
+
+    def _key(self, name: str, settings: str, created: float, revoked: float | None) -> Key:
+        try:
+            decoded = msgspec.json.decode(settings, type=KeyConfig)
+        except msgspec.MsgspecError as error:
+            raise StartupError(f"{self.path}: the key {name!r} can't be read: {error}") from error
+        return Key(name=name, settings=decoded, created=created, revoked=revoked)
 
     def add_key(self, key: Key) -> None:
         """Raises ConfigError when a valid key has this name."""
