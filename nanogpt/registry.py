@@ -90,6 +90,7 @@ def aliases(served: Iterable[str], cards: Mapping[str, ModelCard]) -> dict[str, 
 
 _NAME = re.compile(r"[\w.:@+-]+(/[\w.:@+-]+)*", re.ASCII)  # it stands in a URL
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+GPT2_OWNER = "openai-community"
 _FILE_ENDINGS = (".pt", ".pth", ".bin", ".safetensors", ".json")
 
 
@@ -130,6 +131,13 @@ def _from_card(name: str, cards: Mapping[str, ModelCard]) -> tuple[str, str]:
 def is_hub_name(source: str) -> bool:
     """Whether a source that isn't a path here may be a name on the Hugging Face hub."""
     return bool(_HUB_NAME.fullmatch(source)) and not source.endswith(_FILE_ENDINGS)
+
+
+def hub_names(name: str) -> list[str]:
+    """Under what names the cache may have a model: GPT-2 was once known without its owner."""
+    owner, _, bare = name.rpartition("/")
+    other = {"": [f"{GPT2_OWNER}/{bare}"], GPT2_OWNER: [bare]}
+    return [name, *other.get(owner, [])]
 
 
 def check_source(name: str, source: str) -> None:
@@ -199,10 +207,12 @@ def _parameters(source: str) -> int | None:
         return _pickled_shape(path).num_parameters()
     from huggingface_hub import try_to_load_from_cache  # 0.3 s
 
-    cached = try_to_load_from_cache(source, "config.json")
-    if isinstance(cached, str):
-        return _config_shape(Path(cached)).num_parameters()
-    return next((c.parameters for c in read_cards().values() if c.hub == source), None)
+    names = hub_names(source)
+    for name in names:
+        cached = try_to_load_from_cache(name, "config.json")
+        if isinstance(cached, str):
+            return _config_shape(Path(cached)).num_parameters()
+    return next((c.parameters for c in read_cards().values() if c.hub in names), None)
 
 
 def _config_shape(path: Path) -> _Shape:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from nanogpt.errors import CheckpointError
 from nanogpt.model.huggingface import read_index, weights_file
+from nanogpt.registry import hub_names
 
 log = logging.getLogger(__name__)
 
-_OWNER = "openai-community/"  # of GPT-2; its models were once known without an owner
 _CONFIG = ["config.json", "vocab.json", "merges.txt", "tokenizer.json", "added_tokens.json"]
 _SAFETENSORS = ["model*.safetensors", "model.safetensors.index.json"]
 _TORCH = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
@@ -19,12 +19,7 @@ def find(name: str) -> Path:
 
     Raises CheckpointError when it can't be had.
     """
-    owner, _, bare = name.rpartition("/")
-    names = [name, _OWNER + bare] if not owner else [name]
-    if name.startswith(_OWNER):
-        names.append(bare)
-    cached = next(filter(None, map(_cached, names)), None)
-    return cached or _download(name)
+    return next(filter(None, map(_cached, hub_names(name))), None) or _download(name)
 
 
 def _cached(name: str) -> Path | None:
