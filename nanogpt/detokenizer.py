@@ -1,6 +1,7 @@
 """Tokens to text, a few at a time: never half a character, never a piece of a stop string."""
 
 import codecs
+import re
 from collections.abc import Iterable
 
 from nanogpt.tokenizer import Tokenizer
@@ -43,10 +44,11 @@ class IncrementalDetokenizer:
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
         assert all(stop), "an empty stop string would stop before the first token"
-        self._tokenizer = tokenizer
+        self._token_bytes = tokenizer.token_bytes
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._stops = [_StopString(s) for s in stop]
-        self._firsts = {s[0] for s in stop}
+        begins = "".join(re.escape(s[0]) for s in stop)
+        self._begins = re.compile(f"[{begins}]" if begins else r"(?!)")
         self._held = ""  # decoded, but perhaps the beginning of a stop string
         self._length = 0  # code points decoded, held or not
         self.offsets: list[int] = []
@@ -73,7 +75,7 @@ class IncrementalDetokenizer:
             if self.stopped:
                 break
             self.offsets.append(self._length)
-            ready.append(self._take(self._decode(self._tokenizer.token_bytes(token_id))))
+            ready.append(self._take(self._decode(self._token_bytes(token_id))))
         return "".join(ready)
 
     def finish(self) -> str:
@@ -88,17 +90,23 @@ class IncrementalDetokenizer:
 
     def _take(self, text: str) -> str:
         """What is certain of `_held` and `text`; the rest is held."""
+        start, i, matched = self._length, 0, len(self._held)
         self._length += len(text)
-        if not self._held and not any(first in text for first in self._firsts):
-            return text
-        start = self._length - len(text)
-        for i, character in enumerate(text):
-            done = [len(s.text) for s in self._stops if s.push(character)]
-            if done:
+        while i < len(text):
+            if not matched:  # on to the next character that can begin a stop string
+                found = self._begins.search(text, i)
+                if found is None:
+                    break
+                i = found.start()
+            character = text[i]
+            i += 1
+            complete = [len(s.text) for s in self._stops if s.push(character)]
+            if complete:
                 self.stopped = True
-                self._cut = start + i + 1 - max(done)
-                return self._release(text[: i + 1], max(done), keep=False)
-        return self._release(text, max(s.matched for s in self._stops), keep=True)
+                self._cut = start + i - max(complete)
+                return self._release(text[:i], max(complete), keep=False)
+            matched = max(s.matched for s in self._stops)
+        return self._release(text, matched, keep=True)
 
     def _release(self, text: str, last: int, *, keep: bool) -> str:
         """All of `_held + text` but the last few characters, which are held or dropped."""

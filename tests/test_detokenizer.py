@@ -110,6 +110,8 @@ def tell(text, stops, tokens):
         ("xabcd", ("abcd", "bc"), ("xa", 4, 2)),  # complete first
         ("xabc", ("bc", "abc"), ("x", 4, 1)),  # complete together: the longest
         ("stop", ("stop",), ("", 4, 0)),
+        ("a^-]b", ("]", "^b"), ("a^-", 4, 3)),
+        ("a-[b&&c", ("[b&", "-b", "\\d"), ("a-", 5, 2)),
         ("sto", ("stop",), ("sto", 3, 3)),
     ],
 )
