@@ -89,6 +89,16 @@ def test_preempted_choices_are_recomputed_without_a_trace() -> None:
         assert result.tokens[req.request_id, 0] == fake_output(req, 0)
 
 
+def test_admission_leaves_a_block_for_each_running_sequence() -> None:
+    engine = fake_engine(num_kv_blocks=16, max_batch_tokens=128)
+    for name in ("a", "b"):  # 8 blocks each
+        engine.add(request(name, prompt_of(32, ord(name)), max_tokens=2))
+    started = []
+    while engine.has_work:
+        started.append([event.request_id for event in engine.step()])
+    assert started == [["a"], ["a"], ["b"], ["b"]]
+
+
 def test_the_first_in_order_is_never_preempted() -> None:
     engine, collector = fake_engine(num_kv_blocks=16), Collector()
     for i in range(8):

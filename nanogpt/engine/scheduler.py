@@ -4,8 +4,8 @@ Each step has a budget of tokens. Running sequences that need one token (decode)
 that nobody's stream stalls; prompts fill the rest in chunks; then waiting sequences are admitted
 while blocks last. Admission is optimistic: it counts the blocks of the tokens that exist, not of
 those to come. When a decoding sequence finds no free block, the last in order (priority, then
-arrival) of those not yet in this step gives up its blocks and is recomputed later. The first in
-order is never preempted, and the pool holds at least one full context, so it always advances.
+arrival) gives up its blocks and is recomputed later, be it the finder itself. The first in order
+is never preempted, and the pool holds at least one full context, so it always advances.
 
 A block is registered in the prefix cache when the chunk that fills it is scheduled, not when it
 has been computed: in every layer all rows write their keys and values before any row reads, so
@@ -69,15 +69,13 @@ class Scheduler:
         """The next step's batch; its chunks count as computed from here on."""
         self.num_steps += 1
         batch = Batch(budget=self.max_batch_tokens)
-        preemptions = self.num_preemptions
         for seq in tuple(self.running):
             if seq.running and seq.remaining == 1 and self._ensure_slot(seq, batch):
                 self._place(seq, batch)
         for seq in tuple(self.running):
             if seq.running and seq.remaining > 1 and batch.budget:
                 self._place(seq, batch)
-        if self.num_preemptions == preemptions:
-            self._admit(batch)
+        self._admit(batch)
         return batch
 
     def finish(self, seq: Sequence) -> None:
@@ -112,7 +110,7 @@ class Scheduler:
         if not is_new and not self.blocks.is_shared(table[index]):
             return True
         while not self.blocks.num_free:
-            victim = self._last_unscheduled()
+            victim = self.running[-1]  # not in this step yet: those go in order
             self._preempt(victim)
             if victim is seq:
                 return False
@@ -126,9 +124,6 @@ class Scheduler:
             self.blocks.release([table[index]])
             table[index] = block
         return True
-
-    def _last_unscheduled(self) -> Sequence:
-        return next(seq for seq in reversed(self.running) if seq.step != self.num_steps)
 
     def _preempt(self, seq: Sequence) -> None:
         self.num_preemptions += 1
@@ -145,7 +140,7 @@ class Scheduler:
         batch.chunks.append(chunk)
         batch.budget -= end - start
         self.num_prompt_tokens += max(0, min(end, seq.prompt_len) - start)
-        seq.num_computed, seq.step = end, self.num_steps
+        seq.num_computed = end
         self._register(seq, start, end)
         if not seq.remaining and seq.wants_token:
             chunk.samplers = [seq, *self._fork(seq)]
@@ -158,7 +153,7 @@ class Scheduler:
         forked, rest = followers[: max(0, room)], followers[max(0, room) :]
         for seq in forked:
             seq.leader = None
-            seq.num_computed, seq.step = leader.num_computed, leader.step
+            seq.num_computed = leader.num_computed
             seq.block_table, seq.block_hashes = [*leader.block_table], [*leader.block_hashes]
             self.blocks.share(seq.block_table)
             self._insert_running(seq)
@@ -181,7 +176,7 @@ class Scheduler:
             seq = self.waiting.peek()
             cached = self._find_cached(seq)
             fresh = self.blocks.blocks_for(len(seq.tokens)) - len(cached)
-            if fresh + self.blocks.count_free(cached) > self._num_spare() and self.running:
+            if fresh + self.blocks.count_free(cached) > self._num_spare():
                 break
             self.waiting.pop()
             self.blocks.share(cached)

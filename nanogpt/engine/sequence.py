@@ -54,7 +54,6 @@ class Sequence:
         "request_id",
         "running",
         "score_next",
-        "step",
         "tokens",
         "uniforms",
     )
@@ -74,7 +73,6 @@ class Sequence:
         self.max_new = min(request.params.max_tokens, context_length - self.prompt_len)
 
         self.running = False
-        self.step = -1  # the last step that computed a part of it
         self.num_computed = 0
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
@@ -132,7 +130,7 @@ class Sequence:
         """Make the first follower the leader, with this sequence's blocks and progress."""
         heir = self.followers[0]
         appoint_leader(self.followers)
-        heir.running, heir.step = self.running, self.step
+        heir.running = self.running
         heir.num_computed, heir.block_table = self.num_computed, self.block_table
         heir.block_hashes, heir.cached_tokens = self.block_hashes, self.cached_tokens
         heir.score_next = self.score_next
