@@ -54,6 +54,7 @@ def main(argv: list[str]) -> int:
         ranks = Ranks.from_environment(os.environ, config.node_rank)
         process.die_with_parent(os.getppid())
         process.keep_freed_memory()
+        process.spin_briefly()
         logging_setup.set_up(config.log_level, f"rank {ranks.rank}")
         run_dir = RunDir.open(config.host, config.port)
         owner = int(os.environ.get(OWNER_VARIABLE, os.getppid()))

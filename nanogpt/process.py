@@ -54,6 +54,17 @@ def keep_freed_memory() -> None:
     mallopt(_M_TOP_PAD, 256 * 2**20)
 
 
+def spin_briefly() -> None:
+    """Have idle OpenMP threads sleep almost at once instead of spinning. Call before torch.
+
+    The default spins for milliseconds between products: when anything else wants the core, the
+    others wait for a thread that does not run. Measured beside one busy process on two cores:
+    a step of 60 to 140 ms becomes one of 24.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def available_memory() -> int:
     """Bytes that this process may still take: of the machine, and of its control group."""
     values = [_meminfo("MemAvailable")]
