@@ -34,7 +34,7 @@ class Dataset:
             self.val = np.memmap(path / "val.bin", dtype="<u2", mode="r")
         except (OSError, ValueError, msgspec.MsgspecError) as error:
             raise ConfigError(
-                f"no prepared data at {path} ({error}); make it with `python -m nanogpt.data.prepare`"
+                f"no prepared data at {path} ({error}): run `python -m nanogpt.data.prepare` first"
             ) from error
         sizes = (len(self.train), len(self.val))
         if sizes != (self.meta.train_tokens, self.meta.val_tokens):

@@ -1,10 +1,10 @@
 """Checkpoints: a directory of model.safetensors, config.json, the tokenizer's files and a card.
 
-    model.safetensors   the state dict without lm_head, which is tied to wte
-    config.json         {"format": "nanogpt", "version": 1, "model": ..., "tokenizer": ...}
-    characters.json     of a character model: the characters in the order of their ids
-    vocab.json, merges.txt   of a byte-pair model, when it brings its own
-    README.md           the model card
+model.safetensors   the state dict without lm_head, which is tied to wte
+config.json         {"format": "nanogpt", "version": 1, "model": ..., "tokenizer": ...}
+characters.json     of a character model: the characters in the order of their ids
+vocab.json, merges.txt   of a byte-pair model, when it brings its own
+README.md           the model card
 """
 
 import os

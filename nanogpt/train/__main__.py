@@ -1,4 +1,6 @@
-"""python -m nanogpt.train --config configs/train/shakespeare_char.toml [--out DIR] [--set KEY=VALUE]
+"""Train a model by a recipe.
+
+python -m nanogpt.train --config configs/train/shakespeare_char.toml [--out DIR] [--set KEY=VALUE]
 
 With several GPUs: torchrun --standalone --nproc-per-node 4 -m nanogpt.train --config ...
 A run whose directory holds an unfinished one of the same recipe goes on where that was saved.

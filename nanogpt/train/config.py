@@ -15,7 +15,7 @@ Positive = Annotated[float, Meta(gt=0)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 
 
-class Shape(Section):
+class Shape(Section, frozen=True):
     """The network to train from scratch; the vocabulary comes with the data."""
 
     block_size: Count = 256
@@ -29,7 +29,7 @@ class Shape(Section):
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
 
 
-class TrainConfig(Section):
+class TrainConfig(Section, frozen=True):
     """Everything that a training run depends on."""
 
     data: str  # directory that nanogpt.data.prepare wrote

@@ -1,6 +1,7 @@
 """Optimisers for a GPT, and the learning rate's schedule."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,8 +47,9 @@ def _adamw(
 def _muon(hidden: dict[str, nn.Parameter], config: TrainConfig) -> Muon:
     qkv = [p for n, p in hidden.items() if n.endswith("c_attn.weight")]
     rest = [p for n, p in hidden.items() if not n.endswith("c_attn.weight")]
+    groups: list[dict[str, Any]] = [{"params": qkv, "parts": 3}, {"params": rest}]
     return Muon(
-        [{"params": qkv, "parts": 3}, {"params": rest}],
+        groups,
         lr=config.muon_lr,
         weight_decay=config.weight_decay,
     )

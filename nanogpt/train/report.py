@@ -61,6 +61,7 @@ def model_card(
 ) -> bytes:
     """README.md of a trained checkpoint, from the run itself."""
     tokens = progress.step * config.batch_size * config.accumulate * config.model.block_size
+    epochs = tokens / meta.train_tokens
     kind = "characters" if meta.tokenizer.kind == "char" else "GPT-2's byte pairs"
     recipe = msgspec.to_builtins(config)
     shape = recipe.pop("model")
@@ -74,8 +75,8 @@ def model_card(
 | tokens are | {kind} ({meta.vocab_size:,} kinds) |
 | context | {config.model.block_size} tokens |
 | validation loss | {losses["val"]:.4f} nats a token |
-| training loss | {losses["train"]:.4f} nats a token, on as evenly spaced windows, without dropout |
-| trained for | {progress.step:,} steps, {tokens:,} tokens, {tokens / meta.train_tokens:.1f} epochs |
+| training loss | {losses["train"]:.4f} nats a token, without dropout |
+| trained for | {progress.step:,} steps, {tokens:,} tokens, {epochs:.1f} epochs |
 | data | {meta.source}, SHA-256 `{meta.source_sha256}` |
 | split | first 90 % of the text to train ({meta.train_tokens:,} tokens), the rest to validate |
 | licence | {config.licence} |

@@ -1,9 +1,7 @@
 """Where a run happens, and the model it begins with."""
 
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import msgspec
 import torch
@@ -11,8 +9,8 @@ import torch.distributed as dist
 
 from nanogpt.data.dataset import Meta
 from nanogpt.errors import ConfigError
-from nanogpt.model import checkpoint
 from nanogpt.model.gpt import GPT, GPTConfig
+from nanogpt.model.load import load_model
 from nanogpt.train.config import TrainConfig
 
 
@@ -38,8 +36,9 @@ def find_place(config: TrainConfig) -> Place:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     elif kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device = 'cuda', but PyTorch finds no GPU: use 'auto' or 'cpu'")
-    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")) if kind == "cuda" else None)
+    device = torch.device(kind)
     if kind == "cuda":
+        device = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if world_size > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
@@ -74,10 +73,13 @@ def build_model(config: TrainConfig, meta: Meta, place: Place) -> GPT:
 
 
 def _start_from(config: TrainConfig, meta: Meta, place: Place) -> GPT:
-    read: Callable[..., tuple[GPT, object]] = checkpoint.load
-    if not (Path(config.init_from) / checkpoint.CONFIG).exists():
-        raise ConfigError(f"no checkpoint at {config.init_from}")
-    loaded, _ = read(config.init_from, torch.float32, place.device)
-    model = GPT(loaded.config, config.dropout).to(place.device)
-    model.load_state_dict(loaded.state_dict())
+    loaded = load_model(config.init_from, "init", dtype=torch.float32, device=place.device)
+    ours, theirs = meta.tokenizer, loaded.info.tokenizer
+    if (ours.kind, ours.characters) != (theirs.kind, theirs.characters):
+        raise ConfigError(
+            f"{config.data} and {config.init_from} have different tokens: prepare the data as "
+            f"{'bpe' if theirs.kind == 'gpt2' else 'char'}, from a text with the same characters"
+        )
+    model = GPT(loaded.model.config, config.dropout).to(place.device)
+    model.load_state_dict(loaded.model.state_dict())
     return model

@@ -24,7 +24,7 @@ class Progress(msgspec.Struct, kw_only=True):
 
     step: int = 0
     elapsed_s: float = 0.0  # of training, over all resumptions
-    best_val: float = float("inf")
+    best_val: float | None = None  # lowest validation loss so far
     loss_scale: float = 65536.0  # of float16 training
 
 
@@ -34,7 +34,7 @@ class _Header(msgspec.Struct, frozen=True):
 
 
 def _tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    names = {param: name for name, param in model.named_parameters()}
+    names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
     tensors = {f"model.{name}": param.detach() for param, name in names.items()}
     for i, optimizer in enumerate(optimizers):
         for param, state in optimizer.state.items():
@@ -77,7 +77,7 @@ def restore(out: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]
     """Fill the model and the optimisers with the state in `out`."""
     params = dict(model.named_parameters())
     with safe_open(out / FILE, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118: not a dictionary
+        for key in file.keys():  # noqa: SIM118 (not a dictionary)
             kind, _, rest = key.partition(".")
             value = file.get_tensor(key)
             if kind == "model":

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from nanogpt.data.dataset import Dataset, WindowSampler, batch_at
 from nanogpt.errors import ConfigError
 from nanogpt.model import checkpoint
-from nanogpt.model.gpt import GPT, CausalAttend
+from nanogpt.model.gpt import CausalAttend
 from nanogpt.train import report, state
 from nanogpt.train.config import TrainConfig, check_same_run
 from nanogpt.train.dropout import replace_dropout
@@ -180,7 +180,7 @@ class Trainer:
         )
         bar.write(f"step {self.progress.step}: training {train:.4f}, validation {val:.4f}")
         report.plot(self.out)
-        if val < self.progress.best_val:
+        if self.progress.best_val is None or val < self.progress.best_val:
             self.progress.best_val = val
             self._export({"train": train, "val": val})
 
@@ -191,4 +191,3 @@ class Trainer:
         checkpoint.save(
             self.out / "best", self.model, self.data.meta.tokenizer, files={checkpoint.CARD: card}
         )
-
