@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -30,20 +30,25 @@ from werkzeug.exceptions import (
     MethodNotAllowed,
     RequestEntityTooLarge,
 )
+from werkzeug.routing import BaseConverter
 
 from nanogpt import log as logging_setup
 from nanogpt import options
 from nanogpt.api import cors, errors, metrics
+from nanogpt.api.admission import Admission
+from nanogpt.api.answer import JSON, Answer
 from nanogpt.api.backend import Cluster
+from nanogpt.api.caller import Caller
 from nanogpt.api.decode import clip
 from nanogpt.api.listener import allow_files, listen
-from nanogpt.api.service import JSON, Answer, Service
+from nanogpt.api.operators import Operators
+from nanogpt.api.service import Service
 from nanogpt.cluster.client import ClusterStatus
 from nanogpt.cluster.connect import connect
 from nanogpt.cluster.keeper import LOCK, OWNER_VARIABLE
 from nanogpt.config import HttpConfig
-from nanogpt.errors import ApiError, StartupError
-from nanogpt.registry import ModelInfo
+from nanogpt.errors import ApiError, InvalidRequest, StartupError
+from nanogpt.registry import ModelCard, ModelInfo, read_cards
 from nanogpt.rundir import RunDir
 
 log = logging.getLogger("frontend")
@@ -51,19 +56,35 @@ log = logging.getLogger("frontend")
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
+KEYLESS = {"/health", "/ready"}  # routes for whoever watches the process
+
+
+class _AnyText(BaseConverter):
+    """What a percent-encoded piece of a path may stand for: also slashes and line ends."""
+
+    regex = "(?s:.+)"
+    part_isolating = False
+
+
 def create_app(
-    cluster: Cluster, settings: HttpConfig, clock: Callable[[], float] = time.time
+    cluster: Cluster,
+    settings: HttpConfig,
+    admission: Admission,
+    cards: Mapping[str, ModelCard],
+    clock: Callable[[], float] = time.time,
 ) -> flask.Flask:
     """The application. `clock` gives the seconds since the epoch that answers carry."""
     app = flask.Flask("nanogpt", static_folder=None)
     # One byte more than allowed: a body in chunks is cut there in silence, so _body can see it.
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_mib * 2**20 + 1
     app.url_map.merge_slashes = False
-    service = Service(cluster, settings, clock)
+    app.url_map.converters["any_text"] = _AnyText
+    service = Service(cluster, settings, admission, cards, clock)
     app.extensions["nanogpt"] = service
     _add_routes(app, service)
+    _add_admin_routes(app, Operators(admission))
     _add_errors(app)
-    _add_headers(app, service, settings)
+    _add_headers(app, service, admission, settings)
     return app
 
 
@@ -73,27 +94,28 @@ def _add_routes(app: flask.Flask, service: Service) -> None:
     @app.post("/v1/completions")
     def completions() -> flask.Response:
         peer = request.environ.get("gunicorn.socket")
-        return _response(service.complete(_body(), request.content_type, peer, flask.g.started))
+        g = flask.g
+        return _response(service.complete(g.caller, _body(), request.content_type, peer, g.started))
 
     @app.get("/v1/models")
     def models() -> flask.Response:
-        return _response(service.models())
+        return _response(service.models(flask.g.caller))
 
     @app.get("/v1/models/<path:name>")
     def model(name: str) -> flask.Response:
-        return _response(service.model(name))
+        return _response(service.model(flask.g.caller, name))
 
     @app.post("/tokenize")
     def tokenize() -> flask.Response:
-        return _response(service.tokenize(_body(), request.content_type))
+        return _response(service.tokenize(flask.g.caller, _body(), request.content_type))
 
     @app.post("/detokenize")
     def detokenize() -> flask.Response:
-        return _response(service.detokenize(_body(), request.content_type))
+        return _response(service.detokenize(flask.g.caller, _body(), request.content_type))
 
     @app.get("/tokenizer_info")
     def tokenizer_info() -> flask.Response:
-        return _response(service.tokenizer_info(request.args.get("model")))
+        return _response(service.tokenizer_info(flask.g.caller, request.args.get("model")))
 
     @app.get("/health")
     def health() -> flask.Response:
@@ -116,6 +138,55 @@ def _add_routes(app: flask.Flask, service: Service) -> None:
         return _response(service.docs())
 
 
+def _add_admin_routes(app: flask.Flask, operators: Operators) -> None:
+    request = flask.request
+
+    @app.get("/admin/users")
+    def blocked() -> flask.Response:
+        _only_key(allowed=False)
+        return _response(operators.blocked())
+
+    @app.post("/admin/users/<any_text:user>/ban")
+    def ban_user(user: str) -> flask.Response:
+        by, key = flask.g.caller.name, _only_key()
+        return _response(operators.ban(_body(), request.content_type, user=user, key=key, by=by))
+
+    @app.post("/admin/users/<any_text:user>/unban")
+    def unban_user(user: str) -> flask.Response:
+        key = _only_key()
+        return _response(operators.unban(_body(), user=user, key=key, by=flask.g.caller.name))
+
+    @app.get("/admin/users/<any_text:user>/explain")
+    def explain_user(user: str) -> flask.Response:
+        return _response(operators.explain(user=user, key=_only_key()))
+
+    @app.post("/admin/keys/<key>/ban")
+    def ban_key(key: str) -> flask.Response:
+        _only_key(allowed=False)
+        by = flask.g.caller.name
+        return _response(operators.ban(_body(), request.content_type, key=key, by=by))
+
+    @app.post("/admin/keys/<key>/unban")
+    def unban_key(key: str) -> flask.Response:
+        _only_key(allowed=False)
+        return _response(operators.unban(_body(), key=key, by=flask.g.caller.name))
+
+    @app.get("/admin/keys/<key>/explain")
+    def explain_key(key: str) -> flask.Response:
+        _only_key(allowed=False)
+        return _response(operators.explain(key=key))
+
+
+def _only_key(*, allowed: bool = True) -> str:
+    """The parameter `key` of the query; a wrong one would ban, or free, more than was meant."""
+    known = {"key"} if allowed else set()
+    for name in flask.request.args:
+        if name not in known:
+            hint = "; known is: key" if known else ""
+            raise InvalidRequest(f"unknown query parameter {clip(name)!r}{hint}", param=clip(name))
+    return flask.request.args.get("key", "")
+
+
 def _body() -> bytes:
     body = flask.request.get_data(cache=False)
     if len(body) >= flask.current_app.config["MAX_CONTENT_LENGTH"]:
@@ -134,6 +205,7 @@ def _response(answer: Answer) -> flask.Response:
 
 
 def _error_response(error: ApiError) -> flask.Response:
+    flask.g.caller.refused(error)
     return flask.Response(errors.body(error), error.status, error.headers, content_type=JSON)
 
 
@@ -171,7 +243,9 @@ def _add_errors(app: flask.Flask) -> None:
         return _error_response(errors.unexpected(error))
 
 
-def _add_headers(app: flask.Flask, service: Service, settings: HttpConfig) -> None:
+def _add_headers(
+    app: flask.Flask, service: Service, admission: Admission, settings: HttpConfig
+) -> None:
     request = flask.request
 
     @app.before_request
@@ -180,6 +254,10 @@ def _add_headers(app: flask.Flask, service: Service, settings: HttpConfig) -> No
         given = request.headers.get("x-request-id", "")
         sane = _SANE_ID.fullmatch(given)
         flask.g.request_id = given if sane else _new_id()
+        flask.g.caller = Caller(admission, flask.g.request_id)
+        if request.method != "OPTIONS" and request.path not in KEYLESS:
+            admin = request.path == "/admin" or request.path.startswith("/admin/")
+            flask.g.caller.authenticate(request.headers.get("Authorization"), admin=admin)
 
     @app.after_request
     def finish(response: flask.Response) -> flask.Response:
@@ -187,6 +265,8 @@ def _add_headers(app: flask.Flask, service: Service, settings: HttpConfig) -> No
         response.headers["x-request-id"] = flask.g.request_id
         response.headers["openai-processing-ms"] = str(round(elapsed_ms))
         response.headers["X-Content-Type-Options"] = "nosniff"
+        for name, value in flask.g.caller.headers().items():
+            response.headers[name] = value
         _allow_origin(response, settings.cors_origins)
         route = request.url_rule.rule if request.url_rule else "none"
         service.metrics.requests.labels(route, str(response.status_code)).inc()
@@ -291,13 +371,12 @@ _PARSE_STATUS = {
 
 
 class _Application(BaseApplication):
-    """gunicorn with our settings; the worker makes cluster client and application."""
+    """gunicorn with our settings; the worker makes the application."""
 
     def __init__(
-        self, listener: socket.socket, make_cluster: Callable[[], Cluster], settings: HttpConfig
+        self, listener: socket.socket, make_app: Callable[[], flask.Flask], settings: HttpConfig
     ) -> None:
-        self._listener, self._make_cluster, self._settings = listener, make_cluster, settings
-        self._cluster: Cluster | None = None
+        self._listener, self._make_app, self._settings = listener, make_app, settings
         self.service: Service | None = None
         super().__init__()
 
@@ -328,26 +407,20 @@ class _Application(BaseApplication):
 
     def load(self) -> flask.Flask:
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self._cluster = self._make_cluster()
-        app = create_app(self._cluster, self._settings)
+        app = self._make_app()
         self.service = app.extensions["nanogpt"]
         return app
 
     def _close(self) -> None:
-        if self._cluster is not None:
-            self._cluster.close()
+        if self.service is not None:
+            self.service.close()
 
 
 def serve(
-    listener: socket.socket, make_cluster: Callable[[], Cluster], settings: HttpConfig
+    listener: socket.socket, make_app: Callable[[], flask.Flask], settings: HttpConfig
 ) -> None:
-    """Answer on this socket until SIGTERM. `make_cluster` is called in the worker process."""
-    _Application(listener, make_cluster, settings).run()
-
-
-def run(host: str, port: int, make_cluster: Callable[[], Cluster], settings: HttpConfig) -> None:
-    """Listen and serve; ends the process with SystemExit. Raises StartupError."""
-    serve(listen(host, port), make_cluster, settings)
+    """Answer on this socket until SIGTERM. `make_app` is called in the worker process."""
+    _Application(listener, make_app, settings).run()
 
 
 def main(argv: list[str]) -> int:
@@ -372,11 +445,18 @@ def main(argv: list[str]) -> int:
         log.error("the launcher is gone: leaving too")
         os.kill(os.getppid(), signal.SIGQUIT)  # the master: at once, since nobody generates
 
-    def make_cluster() -> Cluster:
-        return connect(config, run_dir, owner_pid=owner_pid, on_ready=ready, on_orphaned=orphaned)
+    def make_app() -> flask.Flask:
+        admission = Admission(config.admission, os.environ)
+        cluster = connect(
+            config, run_dir, owner_pid=owner_pid, on_ready=ready, on_orphaned=orphaned
+        )
+        return create_app(cluster, config.http, admission, cards)
 
     try:
-        run(config.host, config.port, make_cluster, config.http)
+        cards = read_cards()
+        # Opened for a moment only: a mistake is told here, and nothing open survives a fork.
+        Admission(config.admission, os.environ).close()
+        serve(listen(config.host, config.port), make_app, config.http)
     except StartupError as error:
         run_dir.set_fatal(str(error))
         print(f"error: {error}", file=sys.stderr, flush=True)

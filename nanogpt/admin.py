@@ -20,10 +20,10 @@ from pathlib import Path
 
 import msgspec
 
+from nanogpt.admission_config import AdmissionConfig, KeyConfig, OwnLimits
 from nanogpt.api.admission import keys
 from nanogpt.api.admission.bans import Ban, new_ban
 from nanogpt.api.admission.clock import utc
-from nanogpt.api.admission.config import AdmissionConfig, KeyConfig, OwnLimits
 from nanogpt.api.admission.explain import Explanation, explain
 from nanogpt.api.admission.state import State
 from nanogpt.api.admission.subject import Subject, clean_user

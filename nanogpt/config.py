@@ -10,12 +10,14 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_origin
 
 import msgspec
 from msgspec import Meta
 
+from nanogpt.admission_config import AdmissionConfig
 from nanogpt.errors import ConfigError
+from nanogpt.section import Section
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -23,10 +25,6 @@ Port = Annotated[int, Meta(ge=1, le=65535)]
 Count = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(ge=0.1, le=86400)]
 T = TypeVar("T")
-
-
-class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A table of the configuration file."""
 
 
 class EngineConfig(Section, frozen=True, kw_only=True):
@@ -45,6 +43,7 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
     watchdog_s: Seconds = 5.0  # a rank that is silent for so long is killed
     stuck_s: Seconds = 300.0  # a rank whose step takes so long is killed
     max_restarts: Annotated[int, Meta(ge=0)] = 1_000_000
+    max_outstanding: Count = 16384  # choices that wait or run; one more is answered 503 at once
 
 
 class HttpConfig(Section, frozen=True, kw_only=True):
@@ -53,6 +52,7 @@ class HttpConfig(Section, frozen=True, kw_only=True):
     threads: Annotated[int, Meta(ge=4, le=4096)] = 640  # requests in progress at once
     max_body_mib: Annotated[int, Meta(ge=1, le=1024)] = 8
     drain_s: Seconds = 30.0  # SIGTERM: how long accepted requests may take to finish
+    queue_timeout_s: Seconds = 600.0  # a request without any token by then is answered 503
     cors_origins: tuple[str, ...] = ()
 
 
@@ -72,6 +72,7 @@ class ServeConfig(Section, frozen=True, kw_only=True):
     engine: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig()
     http: HttpConfig = HttpConfig()
+    admission: AdmissionConfig = AdmissionConfig()
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -134,31 +135,52 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-# Variables that aren't configuration: they belong to set-up or to the processes themselves.
-_NOT_CONFIGURATION = {"NANOGPT_RUN_DIR", "NANOGPT_CONFIG", "NANOGPT_OWNER_PID"}
+class _Setting(NamedTuple):
+    path: tuple[str, ...]
+    is_list: bool  # written with commas
+
+
+# Variables that aren't configuration: they belong to set-up or to the processes themselves, or are
+# secrets, which no file should hold.
+_NOT_CONFIGURATION = {
+    "NANOGPT_RUN_DIR",
+    "NANOGPT_CONFIG",
+    "NANOGPT_OWNER_PID",
+    "NANOGPT_API_KEYS",
+    "NANOGPT_ADMIN_KEY",
+}
+
+
+def _variables(kind: type[Section], path: tuple[str, ...] = ()) -> dict[str, _Setting]:
+    """Every setting that a variable can give, by the variable's name. Tables of free names (such
+    as admission.keys) are for the file.
+    """
+    found: dict[str, _Setting] = {}
+    for field in msgspec.structs.fields(kind):
+        inner, here = field.type, (*path, field.name)
+        if isinstance(inner, type) and issubclass(inner, Section):
+            found |= _variables(inner, here)
+        elif get_origin(inner) is not dict:
+            name = "MODEL" if here == ("models",) else "_".join(here).upper()
+            found[f"NANOGPT_{name}"] = _Setting(here, get_origin(inner) is tuple)
+    return found
 
 
 def from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     """NANOGPT_PORT=8001, NANOGPT_ENGINE_BLOCK_SIZE=32, NANOGPT_MODEL=a,b=PATH as a raw table."""
-    names: dict[str, tuple[str, ...]] = {}
-    for field in msgspec.structs.fields(ServeConfig):
-        inner = field.type
-        if isinstance(inner, type) and issubclass(inner, Section):
-            for sub in msgspec.structs.fields(inner):
-                names[f"{field.name}_{sub.name}".upper()] = (field.name, sub.name)
-        else:
-            names["MODEL" if field.name == "models" else field.name.upper()] = (field.name,)
+    known = _variables(ServeConfig)
     raw: dict[str, Any] = {}
     for variable, value in environ.items():
         if not variable.startswith("NANOGPT_") or variable in _NOT_CONFIGURATION:
             continue
-        path = names.get(variable.removeprefix("NANOGPT_"))
-        if path is None:
-            known = [f"NANOGPT_{name}" for name in names]
-            raise ConfigError(f"unknown variable {variable}{nearest(variable, known)}")
-        is_list = path in {("models",), ("http", "cors_origins")}
-        parsed: Any = [part.strip() for part in value.split(",")] if is_list else value
-        raw = _merge(raw, {path[0]: {path[1]: parsed}} if len(path) == 2 else {path[0]: parsed})
+        setting = known.get(variable)
+        if setting is None:
+            raise ConfigError(f"unknown variable {variable}{nearest(variable, list(known))}")
+        parts = [part.strip() for part in value.split(",")]
+        table: Any = parts if setting.is_list else value
+        for name in reversed(setting.path):
+            table = {name: table}
+        raw = _merge(raw, table)
     return raw
 
 

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanogpt.admission_config import KeyConfig
 from nanogpt.api.admission import Admission
 from nanogpt.api.admission import keys as api_keys
 from nanogpt.api.admission.audit import MAX_CHARS, AuditLog, Entry, last_entries, line
 from nanogpt.api.admission.bans import Ban, BanList
-from nanogpt.api.admission.config import KeyConfig
 from nanogpt.api.admission.live import REFRESH_S
 from nanogpt.api.admission.rules import MEMORY_S, Strikes
 from nanogpt.api.admission.state import State

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt.api.admission.config import ContentRule
+from nanogpt.admission_config import ContentRule
 from nanogpt.api.admission.content import Content, Finding, fold, plain
 from nanogpt.config import convert
 from nanogpt.errors import ConfigError

@@ -13,7 +13,7 @@ import redis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanogpt.api.admission.config import Limits
+from nanogpt.admission_config import Limits
 from nanogpt.api.admission.keys import Principal
 from nanogpt.api.admission.limits import Limiter
 from nanogpt.api.admission.redis_windows import RETRY_S, RedisWindows, SharedWindows, connect

@@ -94,11 +94,30 @@ def test_default_file_says_the_defaults():
 
 
 def test_every_setting_has_a_variable():
-    names = []
-    for field in msgspec.structs.fields(ServeConfig):
-        if isinstance(field.type, type) and issubclass(field.type, config.Section):
-            names += [f"{field.name}_{f.name}" for f in msgspec.structs.fields(field.type)]
-        else:
-            names.append("model" if field.name == "models" else field.name)
-    for name in names:
-        config.from_environment({f"NANOGPT_{name.upper()}": "1"})  # unknown ones raise
+    def names(kind, prefix="NANOGPT"):
+        for field in msgspec.structs.fields(kind):
+            name = f"{prefix}_{field.name.upper()}"
+            if isinstance(field.type, type) and issubclass(field.type, config.Section):
+                yield from names(field.type, name)
+            elif field.name not in ("models", "keys", "patterns"):  # the last two are tables
+                yield name
+
+    variables = ["NANOGPT_MODEL", *names(ServeConfig)]
+    assert "NANOGPT_ADMISSION_KEY_LIMITS_REQUESTS_PER_MINUTE" in variables
+    for name in variables:
+        config.from_environment({name: "1"})  # unknown ones raise
+
+
+def test_variables_reach_tables_in_tables_and_lists():
+    got = parse(
+        NANOGPT_ADMISSION_KEY_LIMITS_TOKENS_PER_MINUTE="7",
+        NANOGPT_ADMISSION_CONTENT_TERMS="a b, c",
+        NANOGPT_HTTP_CORS_ORIGINS="https://a,https://b",
+    )
+    assert got.admission.key_limits.tokens_per_minute == 7
+    assert got.admission.content.terms == ("a b", "c")
+    assert got.http.cors_origins == ("https://a", "https://b")
+
+
+def test_secrets_are_no_settings():
+    assert parse(NANOGPT_API_KEYS="x", NANOGPT_ADMIN_KEY="y") == ServeConfig()

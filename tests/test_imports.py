@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "zmq", "flask", "gunicorn", "transformers", "numpy", "tiktoken", "safetensors"}
 
 BASE = {
+    "nanogpt.admission_config",
     "nanogpt.bpe_files",
     "nanogpt.config",
     "nanogpt.detokenizer",
@@ -25,6 +26,7 @@ BASE = {
     "nanogpt.request",
     "nanogpt.rundir",
     "nanogpt.sampling_params",
+    "nanogpt.section",
     "nanogpt.tokenizer",
 }
 
@@ -49,6 +51,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         BASE | {"nanogpt.train", "nanogpt.data", "nanogpt.model"},
         {"numpy", "torch", "safetensors"},
     ),
+    "nanogpt.admin": (BASE | {"nanogpt.api.admission"}, set()),
     "nanogpt.agent": (set(), {"torch"}),
     "nanogpt.launch": (BASE | {"nanogpt.cluster.keeper"}, set()),
     "rank_worker": (BASE | {"nanogpt.engine", "nanogpt.model", "nanogpt.cluster"}, set()),

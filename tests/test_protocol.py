@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nanogpt.api.decode import ECHO_CHARS, clip
-from nanogpt.api.plan import find_model, make_plan
+from nanogpt.api.plan import find_model, make_plan, real_name
 from nanogpt.api.protocol import (
     INT64_MAX,
     INT64_MIN,
@@ -27,6 +27,7 @@ from nanogpt.errors import (
     Unavailable,
     UnsupportedMediaType,
 )
+from nanogpt.registry import ModelCard
 from tests.fake_cluster import EOS, INFO, ByteTokenizer
 
 JSON = "application/json"
@@ -399,7 +400,24 @@ def test_find_model():
     with pytest.raises(ModelNotFound) as error:
         find_model({"a": INFO}, "b" * 1000)
     assert len(error.value.message) < 400
+
+
+def test_real_name():
+    cards = {
+        "a": msgspec.convert(
+            {
+                "name": "a",
+                "hub": "a",
+                "aliases": ["b", "c"],
+                "tokenizer": "gpt2",
+                "context": 64,
+                "licence": "MIT",
+            },
+            ModelCard,
+        )
+    }
+    assert [real_name({"a": INFO, "c": INFO}, name, cards) for name in "abcd"] == list("aacd")
     with pytest.raises(Unavailable) as starting:
-        find_model({}, "a")
+        real_name({}, "a", cards)
     assert starting.value.code == "starting"
     assert isinstance(starting.value, ApiError)

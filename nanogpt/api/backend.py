@@ -57,7 +57,7 @@ class Cluster(Protocol):
         """The latest of each rank, one entry for each of its models."""
 
     def submit(self, request: GenerateRequest) -> Handle:
-        """Accept a request without owners. Raises Unavailable."""
+        """Accept a request without owners. Raises Unavailable; InvalidRequest: too many choices."""
 
     def drain(self) -> None:
         """Take no new requests. Safe to call from a signal handler."""

@@ -1,6 +1,15 @@
 """Which web pages may use the endpoint from a browser: those of origins that the operator lists."""
 
-EXPOSED = "x-request-id, openai-processing-ms, x-nanogpt-ranks, retry-after"
+EXPOSED = ", ".join(
+    [
+        "x-request-id, openai-processing-ms, x-nanogpt-ranks, retry-after, x-should-retry",
+        *(
+            f"x-ratelimit-{what}-{kind}"
+            for what in ("limit", "remaining", "reset")
+            for kind in ("requests", "tokens")
+        ),
+    ]
+)
 PREFLIGHT_S = 600  # how long a browser may remember the answer to a preflight
 
 

@@ -9,9 +9,10 @@ from nanogpt.api.choice import Delta
 from nanogpt.api.errors import ClientGone
 from nanogpt.api.metrics import Metrics
 from nanogpt.api.plan import Plan
-from nanogpt.errors import Unavailable
+from nanogpt.errors import ServerError, Unavailable
 from nanogpt.request import EngineEvent, TokenEvent
 
+QUEUE_RETRY_S = 30  # when to come back after a wait in vain
 POLL_S = 1.0  # how often an idle exchange looks after its client, and pings it
 
 
@@ -32,14 +33,20 @@ class Exchange:
         started: float,
         is_client_gone: Callable[[], bool],
         must_end: Callable[[], bool],
-        on_close: Callable[[], None],
+        on_close: Callable[[int, int], None],
+        queue_timeout_s: float,
     ) -> None:
-        """`started`: time.monotonic() when the request came; `must_end`: no more patience."""
+        """`started`: time.monotonic() when the request came; `must_end`: no more patience;
+        `on_close` gets the tokens that count as used: of the prompts, and generated.
+        """
         self.plan, self.handle, self.assembler = plan, handle, assembler
         self._is_client_gone, self._must_end = is_client_gone, must_end
         self._metrics = metrics
         self._started = started
         self._look_at = 0.0
+        self._queue_timeout_s = queue_timeout_s
+        self._begun = False  # the engines have sent something
+        self._is_served = True  # False: an error of ours ended it
         self._last: dict[int, float] = {}  # when each choice had its latest tokens
         self.first_token_s: float | None = None
         model = plan.request.model
@@ -53,20 +60,40 @@ class Exchange:
     def deltas(self) -> Iterator[list[Delta] | None]:
         """What is new, until all choices are finished; None after a second without events.
 
-        Raises ClientGone, ServerError when the engines gave up, Unavailable when the server must
-        end before the request does.
+        Raises ClientGone, ServerError when the engines gave up, Unavailable when it waited too
+        long for its first token, or when the server must end before the request does.
         """
         while not self.assembler.done:
             self._look_around()
-            events = self.handle.events(POLL_S)
+            events = self.handle.events(POLL_S if self._begun else self._patience())
             if not events:
                 yield None
                 continue
+            self._begun = True
             self._measure(events)
-            deltas, stopped = self.assembler.feed(events)
+            deltas, stopped = self._feed(events)
             for index in stopped:
                 self.handle.cancel(index)
             yield deltas
+
+    def _feed(self, events: Sequence[EngineEvent]) -> tuple[list[Delta], list[int]]:
+        try:
+            return self.assembler.feed(events)
+        except ServerError:
+            self._is_served = False
+            raise
+
+    def _patience(self) -> float:
+        """Seconds to wait for the first event, up to `POLL_S`. Raises Unavailable."""
+        left = self._started + self._queue_timeout_s - time.monotonic()
+        if left <= 0:
+            self._is_served = False
+            raise Unavailable(
+                f"the request waited {self._queue_timeout_s:g} s in the queue without getting its "
+                "turn; try again later, when the server is less busy",
+                retry_after=QUEUE_RETRY_S,
+            )
+        return min(POLL_S, left)
 
     def _look_around(self) -> None:
         """Each second, not each token: with hundreds of threads a system call costs a turn."""
@@ -77,6 +104,7 @@ class Exchange:
         if self._is_client_gone():
             raise ClientGone
         if self._must_end():
+            self._is_served = False
             raise Unavailable(
                 "the server shut down before this request was complete; send it again",
                 code="draining",
@@ -104,7 +132,7 @@ class Exchange:
             return
         self._closed = True
         model = self.plan.request.model
-        self._on_close()
+        self._on_close(*self._used())
         self._metrics.in_progress.dec()
         if not self.assembler.done:
             self.handle.cancel()
@@ -112,6 +140,14 @@ class Exchange:
         self._metrics.duration.labels(model).observe(time.monotonic() - self._started)
         for choice in self.assembler.choices:
             self._metrics.choices.labels(model, choice.finish_reason or "cancelled").inc()
+
+    def _used(self) -> tuple[int, int]:
+        """What the client pays for: nothing when our error came before its first token. One that
+        left meanwhile pays for its prompts, or leaving would make work for nothing.
+        """
+        usage = self.assembler.usage()
+        free = not self._is_served and not usage.completion_tokens
+        return (0 if free else usage.prompt_tokens), usage.completion_tokens
 
     def summary(self) -> str:
         """For the log: who did what."""

@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from nanogpt.api.admission import Admission
 from nanogpt.api.backend import Cluster
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -19,7 +20,7 @@ _WHOLE = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 class Metrics:
     """All instruments of one application; nothing is registered globally."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, admission: Admission) -> None:
         self._registry = CollectorRegistry()
         self.requests = Counter(
             "nanogpt_http_requests",
@@ -65,6 +66,7 @@ class Metrics:
             "nanogpt_request_seconds", "From the request to the end of its answer.", _WHOLE
         )
         self._registry.register(_ClusterCollector(cluster))
+        self._registry.register(_AdmissionCollector(admission))
 
     def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
         return Histogram(name, text, ["model"], buckets=tuple(buckets), registry=self._registry)
@@ -127,3 +129,27 @@ class _ClusterCollector(Collector):
         yield from gauges.values()
         yield usage
         yield from counters.values()
+
+
+class _AdmissionCollector(Collector):
+    """What admission has counted since this process began."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        stats = self._admission.stats()
+        decisions = CounterMetricFamily(
+            "nanogpt_admission",
+            "Decisions by kind, and code of the error (or name of the rule).",
+            labels=["decision", "code"],
+        )
+        for key, count in sorted(stats.decisions.items()):
+            decisions.add_metric(list(key), count)
+        yield decisions
+        for name, text, count in (
+            ("pattern_timeouts", "Searches for a pattern given up.", stats.pattern_timeouts),
+            ("redis_failures", "Times that Redis did not answer.", stats.redis_failures),
+            ("audit_failures", "Lines that the audit log lacks.", stats.audit_failures),
+        ):
+            yield CounterMetricFamily(f"nanogpt_admission_{name}", text, count)

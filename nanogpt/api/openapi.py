@@ -1,32 +1,44 @@
 """The contract as OpenAPI 3.1, made from the structs that validate requests and shape answers."""
 
-from typing import Any
+import re
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
 
 from nanogpt import __version__
-from nanogpt.api import objects
+from nanogpt.api import objects, operators
+from nanogpt.api.admission.bans import Ban
+from nanogpt.api.admission.explain import Explanation
 from nanogpt.api.protocol import CompletionRequest, DetokenizeRequest, TokenizeRequest
 
-_REQUESTS = (CompletionRequest, TokenizeRequest, DetokenizeRequest)
+Access = Literal["open", "key", "admin"]  # "key": where keys are configured
 
 
 class Operation(Struct, frozen=True, kw_only=True):
-    """One route. `errors`: statuses that answer with an error object."""
+    """One route. `errors`: statuses that answer with an error object, besides those of `access`."""
 
     method: str
     path: str
     summary: str
     answer: type[Struct] | str  # a struct as JSON, or a content type
     body: type[Struct] | None = None
-    query: tuple[str, ...] = ()
+    query: tuple[str, ...] = ()  # all optional
+    body_required: bool = True
+    access: Access = "key"
     errors: tuple[int, ...] = (500,)
     streams: bool = False
     also_answers: tuple[int, ...] = ()  # further statuses with the same object
 
 
-_BODY_ERRORS = (400, 404, 413, 415, 500, 503)
+_BODY_ERRORS = (400, 404, 408, 413, 415, 500, 503)
+_ADMIN_ERRORS = (400, 404, 408, 413, 415, 500)
+# What authentication may answer. A key may be banned, or have to pause.
+_ACCESS_ERRORS: dict[Access, tuple[int, ...]] = {
+    "open": (),
+    "key": (401, 403, 429),
+    "admin": (401,),
+}
 
 OPERATIONS = (
     Operation(
@@ -80,12 +92,14 @@ OPERATIONS = (
         path="/health",
         summary="200 while this process answers.",
         answer=objects.Health,
+        access="open",
     ),
     Operation(
         method="get",
         path="/ready",
         summary="200 while a model answers, else 503.",
         answer=objects.Readiness,
+        access="open",
         also_answers=(503,),
     ),
     Operation(
@@ -101,7 +115,81 @@ OPERATIONS = (
         answer="application/json",
     ),
     Operation(method="get", path="/docs", summary="This contract as a page.", answer="text/html"),
+    Operation(
+        method="get",
+        path="/admin/users",
+        summary="Bans and cool-downs in force, of users and of keys, and strikes that count.",
+        answer=operators.Blocked,
+        access="admin",
+        errors=(400, 500),
+    ),
+    Operation(
+        method="post",
+        path="/admin/users/{user}/ban",
+        summary="Shut a user out, under one API key (its name) or any.",
+        body=operators.BanRequest,
+        answer=Ban,
+        query=("key",),
+        access="admin",
+        errors=_ADMIN_ERRORS,
+    ),
+    Operation(
+        method="post",
+        path="/admin/users/{user}/unban",
+        summary="Lift bans and cool-downs of a user, and forget its strikes.",
+        body=operators.UnbanRequest,
+        body_required=False,
+        answer=operators.Lifted,
+        query=("key",),
+        access="admin",
+        errors=_ADMIN_ERRORS,
+    ),
+    Operation(
+        method="get",
+        path="/admin/users/{user}/explain",
+        summary="Why is this user blocked? Bans, what rules did, strikes, limits, last decisions.",
+        answer=Explanation,
+        query=("key",),
+        access="admin",
+        errors=(400, 404, 500),
+    ),
+    Operation(
+        method="post",
+        path="/admin/keys/{key}/ban",
+        summary="Shut an API key out, by its name.",
+        body=operators.BanRequest,
+        answer=Ban,
+        access="admin",
+        errors=_ADMIN_ERRORS,
+    ),
+    Operation(
+        method="post",
+        path="/admin/keys/{key}/unban",
+        summary="Lift bans and cool-downs of an API key itself, and forget its strikes.",
+        body=operators.UnbanRequest,
+        body_required=False,
+        answer=operators.Lifted,
+        access="admin",
+        errors=_ADMIN_ERRORS,
+    ),
+    Operation(
+        method="get",
+        path="/admin/keys/{key}/explain",
+        summary="Why is this API key blocked?",
+        answer=Explanation,
+        access="admin",
+        errors=(400, 404, 500),
+    ),
 )
+
+
+_BEARER = "key"
+# An empty object: it also goes without, where no keys are configured.
+_SECURITY: dict[Access, list[dict[str, list[str]]]] = {
+    "open": [],
+    "key": [{}, {_BEARER: []}],
+    "admin": [{_BEARER: []}],
+}
 
 
 def document() -> dict[str, Any]:
@@ -116,15 +204,19 @@ def document() -> dict[str, Any]:
             "version": __version__,
         },
         "paths": paths,
-        "components": {"schemas": _schemas()},
+        "components": {
+            "schemas": _schemas(),
+            "securitySchemes": {_BEARER: {"type": "http", "scheme": "bearer"}},
+        },
     }
 
 
 def _schemas() -> dict[str, Any]:
     answers = [o.answer for o in OPERATIONS if not isinstance(o.answer, str)]
-    kinds = [*_REQUESTS, *answers, objects.ErrorResponse]
+    requests = {o.body for o in OPERATIONS if o.body is not None}
+    kinds = [*requests, *answers, objects.ErrorResponse]
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
-    for kind in _REQUESTS:
+    for kind in requests:
         _allow_null(schemas[kind.__name__])
     return schemas
 
@@ -132,7 +224,7 @@ def _schemas() -> dict[str, Any]:
 def _allow_null(schema: dict[str, Any]) -> None:
     """In a request null stands for the default of every field that has one (see decode.py)."""
     for name, field in schema["properties"].items():
-        if name in schema["required"]:
+        if name in schema.get("required", ()):
             continue
         if {"type": "null"} in field.get("anyOf", ()):
             continue
@@ -149,14 +241,15 @@ def _operation(operation: Operation) -> dict[str, Any]:
         "summary": operation.summary,
         "operationId": f"{operation.method}_{operation.path.strip('/')}".replace("/", "_"),
         "responses": _responses(operation),
+        "security": _SECURITY[operation.access],
     }
     if operation.body is not None:
         described["requestBody"] = {
-            "required": True,
+            "required": operation.body_required,
             "content": {"application/json": {"schema": _ref(operation.body)}},
         }
     parameters = [("query", name) for name in operation.query]
-    parameters += [("path", "id")] if "{id}" in operation.path else []
+    parameters += [("path", name) for name in re.findall(r"\{(\w+)\}", operation.path)]
     if parameters:
         described["parameters"] = [
             {"in": where, "name": name, "required": where == "path", "schema": {"type": "string"}}
@@ -182,7 +275,8 @@ def _responses(operation: Operation) -> dict[str, Any]:
         "description": "error",
         "content": {"application/json": {"schema": _ref(objects.ErrorResponse)}},
     }
-    responses = {str(status): error for status in operation.errors}
+    errors = (*operation.errors, *_ACCESS_ERRORS[operation.access])
+    responses = {str(status): error for status in errors}
     for status in (200, *operation.also_answers):
         responses[str(status)] = {"description": "answer", "content": content}
     return dict(sorted(responses.items()))

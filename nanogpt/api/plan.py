@@ -10,7 +10,7 @@ from nanogpt import __version__
 from nanogpt.api.decode import clip
 from nanogpt.api.protocol import CompletionRequest
 from nanogpt.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, Unavailable
-from nanogpt.registry import ModelInfo
+from nanogpt.registry import ModelCard, ModelInfo, aliases
 from nanogpt.request import GenerateRequest
 from nanogpt.sampling_params import SamplingParams
 from nanogpt.tokenizer import Tokenizer
@@ -30,13 +30,18 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return sum(map(len, self.request.prompts))
 
 
-def find_model(models: Mapping[str, ModelInfo], name: str) -> ModelInfo:
-    """Raises Unavailable while starting, else ModelNotFound."""
-    info = models.get(name)
-    if info is None and not models:
+def real_name(models: Mapping[str, ModelInfo], name: str, cards: Mapping[str, ModelCard]) -> str:
+    """The model's name behind an alias. Raises Unavailable while there are no models yet."""
+    if not models:
         raise Unavailable(
             "the model is being loaded; try again soon", code="starting", retry_after=2
         )
+    return name if name in models else aliases(models, cards).get(name, name)
+
+
+def find_model(models: Mapping[str, ModelInfo], name: str) -> ModelInfo:
+    """Raises ModelNotFound."""
+    info = models.get(name)
     if info is None:
         raise ModelNotFound(
             f"the model {clip(name)!r} does not exist; "
@@ -56,9 +61,14 @@ def make_plan(
     info: ModelInfo,
     tokenizer: Tokenizer,
     *,
+    tenant: str = "",
+    weight: float = 1.0,
     clock: Callable[[], float] = time.time,
 ) -> Plan:
-    """Raises InvalidRequest; ContextLengthExceeded when prompt and max_tokens don't fit."""
+    """Raises InvalidRequest; ContextLengthExceeded when prompt and max_tokens don't fit.
+
+    `tenant` and `weight`: whose fair share of the engines it counts for, and how large that is.
+    """
     check_ids(request.logit_bias, info, "logit_bias")
     check_ids(request.stop_token_ids, info, "stop_token_ids")
     texts, prompts = _prompts(request, info, tokenizer)
@@ -71,6 +81,8 @@ def make_plan(
         n=request.generated,
         params=_sampling_params(request),
         priority=request.priority,
+        tenant=tenant,
+        weight=weight,
     )
     return Plan(
         request=generate,

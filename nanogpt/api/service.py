@@ -2,12 +2,16 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
 
 from nanogpt.api import client_socket, docs_page, errors, openapi
+from nanogpt.api.admission import Admission
+from nanogpt.api.answer import EVENT_STREAM, Answer
 from nanogpt.api.assemble import Assembler
 from nanogpt.api.backend import Cluster
+from nanogpt.api.caller import Caller
 from nanogpt.api.decode import check_content_type, decode
 from nanogpt.api.errors import ClientGone
 from nanogpt.api.exchange import Exchange
@@ -20,17 +24,22 @@ from nanogpt.api.objects import (
     Readiness,
     TokenizeResponse,
 )
-from nanogpt.api.plan import check_ids, encode_prompt, find_model, make_plan, system_fingerprint
+from nanogpt.api.plan import (
+    check_ids,
+    encode_prompt,
+    find_model,
+    make_plan,
+    real_name,
+    system_fingerprint,
+)
 from nanogpt.api.protocol import DetokenizeRequest, TokenizeRequest, parse_completion
 from nanogpt.api.response import PING, Collected, Stream, encode, event, ranks_header
 from nanogpt.api.tokens import token_text, tokenizer_info
 from nanogpt.config import HttpConfig
 from nanogpt.errors import ApiError, InvalidRequest, Unavailable
-from nanogpt.registry import ModelInfo
+from nanogpt.registry import ModelCard, ModelInfo
 from nanogpt.tokenizer import Tokenizer
 
-JSON = "application/json"
-EVENT_STREAM = "text/event-stream; charset=utf-8"
 CLIENT_GONE = 499  # for the log and the metrics: nobody reads this answer
 
 
@@ -53,21 +62,21 @@ class _Places:
             )
 
 
-class Answer(NamedTuple):
-    body: bytes | Iterator[bytes]
-    status: int = 200
-    content_type: str = JSON
-    headers: dict[str, str] = {}
-    exchange: Exchange | None = None  # to be closed when the body has been sent, or can't be
-
-
 class Service:
-    """Thread-safe: a request's state is its own."""
+    """Thread-safe: a request's state is its own. The `cards` know other names of models."""
 
-    def __init__(self, cluster: Cluster, settings: HttpConfig, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        settings: HttpConfig,
+        admission: Admission,
+        cards: Mapping[str, ModelCard],
+        clock: Callable[[], float],
+    ) -> None:
         self._cluster, self._settings, self._clock = cluster, settings, clock
+        self._admission, self._cards = admission, cards
         self._places = _Places(settings.threads)
-        self.metrics = Metrics(cluster)
+        self.metrics = Metrics(cluster, admission)
         self._end_at = float("inf")  # time.monotonic() after which nobody waits any longer
 
     def drain(self) -> None:
@@ -75,13 +84,18 @@ class Service:
         self._cluster.drain()
         self._end_at = min(self._end_at, time.monotonic() + self._settings.drain_s)
 
+    def close(self) -> None:
+        """Close cluster and admission as well."""
+        self._cluster.close()
+        self._admission.close()
+
     # POST /v1/completions
 
     def complete(
-        self, body: bytes, content_type: str | None, socket: Any, started: float
+        self, caller: Caller, body: bytes, content_type: str | None, socket: Any, started: float
     ) -> Answer:
         """`socket`: the client's, when the server shows it; `started`: time.monotonic()."""
-        exchange = self._begin(body, content_type, socket, started)
+        exchange = self._begin(caller, body, content_type, socket, started)
         if not exchange.plan.completion.stream:
             return self._whole(exchange)
         shown = ranks_header(exchange.handle.owners, range(len(exchange.handle.owners)))
@@ -93,19 +107,36 @@ class Service:
         )
 
     def _begin(
-        self, body: bytes, content_type: str | None, socket: Any, started: float
+        self, caller: Caller, body: bytes, content_type: str | None, socket: Any, started: float
     ) -> Exchange:
+        """From cheap to dear, so that whoever is turned away costs little."""
         request = parse_completion(body, content_type)
-        info = find_model(self._cluster.models(), request.model)
+        models = self._cluster.models()
+        name = real_name(models, request.model, self._cards)
+        caller.precheck(request.user, name)
+        info = find_model(caller.visible(models), name)
         tokenizer = self._cluster.tokenizer(info.name)
-        plan = make_plan(request, info, tokenizer, clock=self._clock)
-        assembler = Assembler(plan, tokenizer)
-        self._places.take()
-        try:
+        with ExitStack() as undo:
+            self._places.take()
+            undo.callback(self._places.give_back)
+            plan = make_plan(
+                request,
+                info,
+                tokenizer,
+                tenant=caller.tenant,
+                weight=caller.weight,
+                clock=self._clock,
+            )
+            assembler = Assembler(plan, tokenizer)
+            ticket = caller.admit(plan)
+            undo.callback(ticket.settle, 0, 0)
             handle = self._cluster.submit(plan.request)
-        except BaseException:
+            undo.pop_all()
+
+        def on_close(prompt_tokens: int, completion_tokens: int) -> None:
             self._places.give_back()
-            raise
+            ticket.settle(prompt_tokens, completion_tokens)
+
         return Exchange(
             plan,
             handle,
@@ -114,7 +145,8 @@ class Service:
             started=started,
             is_client_gone=client_socket.watch(socket),
             must_end=lambda: time.monotonic() > self._end_at,
-            on_close=self._places.give_back,
+            on_close=on_close,
+            queue_timeout_s=self._settings.queue_timeout_s,
         )
 
     def _whole(self, exchange: Exchange) -> Answer:
@@ -133,40 +165,44 @@ class Service:
 
     # Models and their tokenizers
 
-    def models(self) -> Answer:
-        known = self._cluster.models()
+    def models(self, caller: Caller) -> Answer:
+        known = caller.visible(self._cluster.models())
         return Answer(encode(ModelList([_model(known[name]) for name in sorted(known)])))
 
-    def model(self, name: str) -> Answer:
-        return Answer(encode(_model(find_model(self._cluster.models(), name))))
+    def model(self, caller: Caller, name: str) -> Answer:
+        return Answer(encode(_model(self._find(caller, name))))
 
-    def tokenize(self, body: bytes, content_type: str | None) -> Answer:
+    def tokenize(self, caller: Caller, body: bytes, content_type: str | None) -> Answer:
         check_content_type(content_type)
         request = decode(body, TokenizeRequest)
-        info, tokenizer = self._model_or_only(request.model)
+        info, tokenizer = self._model_or_only(caller, request.model)
         ids = list(encode_prompt(request.prompt, info, tokenizer)) if request.prompt else []
         strings = [token_text(tokenizer, i) for i in ids] if request.return_token_strs else None
         return Answer(encode(TokenizeResponse(len(ids), info.context_length, ids, strings)))
 
-    def detokenize(self, body: bytes, content_type: str | None) -> Answer:
+    def detokenize(self, caller: Caller, body: bytes, content_type: str | None) -> Answer:
         check_content_type(content_type)
         request = decode(body, DetokenizeRequest)
-        info, tokenizer = self._model_or_only(request.model)
+        info, tokenizer = self._model_or_only(caller, request.model)
         check_ids(request.tokens, info, "tokens")
         return Answer(encode(DetokenizeResponse(tokenizer.decode(request.tokens))))
 
-    def tokenizer_info(self, name: str | None) -> Answer:
-        return Answer(encode(tokenizer_info(*self._model_or_only(name))))
+    def tokenizer_info(self, caller: Caller, name: str | None) -> Answer:
+        return Answer(encode(tokenizer_info(*self._model_or_only(caller, name))))
 
-    def _model_or_only(self, name: str | None) -> tuple[ModelInfo, Tokenizer]:
-        models = self._cluster.models()
+    def _model_or_only(self, caller: Caller, name: str | None) -> tuple[ModelInfo, Tokenizer]:
+        models = caller.visible(self._cluster.models())
         if name is None and len(models) > 1:
             raise InvalidRequest(
                 f"model is missing, and there are several: {', '.join(sorted(models))}",
                 param="model",
             )
-        info = find_model(models, name if name is not None else next(iter(models), ""))
+        info = self._find(caller, name if name is not None else next(iter(models), ""))
         return info, self._cluster.tokenizer(info.name)
+
+    def _find(self, caller: Caller, name: str) -> ModelInfo:
+        models = self._cluster.models()
+        return find_model(caller.visible(models), real_name(models, name, self._cards))
 
     # Operations
 

@@ -34,7 +34,7 @@ from nanogpt.cluster.messages import (
 from nanogpt.cluster.placement import Placement
 from nanogpt.cluster.transport import FrontEndSockets
 from nanogpt.cluster.watch import Watch
-from nanogpt.errors import ModelNotFound, Unavailable
+from nanogpt.errors import InvalidRequest, ModelNotFound, Unavailable
 from nanogpt.registry import ModelInfo
 from nanogpt.request import EngineEvent, EngineStats, GenerateRequest
 from nanogpt.tokenizer import Tokenizer, load_tokenizer
@@ -67,7 +67,7 @@ class ClusterClient:
         sockets: Callable[[], FrontEndSockets],
         *,
         watch: Watch,
-        max_outstanding: int = 16384,
+        max_outstanding: int,
         on_ready: Callable[[ClusterStatus, dict[str, ModelInfo]], None] | None = None,
         on_orphaned: Callable[[], None] | None = None,
         owner_pid: int | None = None,
@@ -154,6 +154,12 @@ class ClusterClient:
         if self._group is None or not self._models:
             raise Unavailable("the model is being loaded; try again soon", code="starting")
         count = len(request.prompts) * request.n
+        if count > self._max_outstanding:
+            raise InvalidRequest(
+                f"the request has {count} choices (prompts times n or best_of), this server takes "
+                f"at most {self._max_outstanding} at once; split it",
+                param="n",
+            )
         with self._lock:
             if self._outstanding + count > self._max_outstanding:
                 raise Unavailable(

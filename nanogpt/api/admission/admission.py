@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import msgspec
 
+from nanogpt.admission_config import ANONYMOUS, AdmissionConfig
 from nanogpt.api.admission import keys, redis_windows
 from nanogpt.api.admission.audit import Entry, open_audit
 from nanogpt.api.admission.bans import Ban, new_ban
 from nanogpt.api.admission.clock import Clock
-from nanogpt.api.admission.config import ANONYMOUS, AdmissionConfig
 from nanogpt.api.admission.content import Content
 from nanogpt.api.admission.explain import Explanation, LimitState, Strike, explain
 from nanogpt.api.admission.keys import KeyRing, Principal
@@ -43,6 +43,7 @@ from nanogpt.errors import (
 )
 
 CONTENT_BLOCKED = "content_blocked"
+MAX_STRIKES = 1000  # in one answer
 
 
 class AdmissionStats(msgspec.Struct, frozen=True):
@@ -254,10 +255,6 @@ class Admission:
         """Why a user is blocked, under one key or (None) any; user "" is the key itself."""
         user = clean_user(user)
         known = explain(self._state, self._config, self._clock.time(), user, key)
-        strikes = [
-            Strike(*subject, rule, times)
-            for subject, rule, times in self._enforcer.strikes_of(user, key)
-        ]
         principals = [p for p in self._live.ring.principals() if key in (None, p.key_name)]
         limits = [
             LimitState(*level.name[1:], level.name.kind, level.limit, level.used, level.reset_s)
@@ -265,7 +262,14 @@ class Admission:
             for level in self._limiter.levels(principal, user)
             if level.used and level.name.user == user
         ]
-        return msgspec.structs.replace(known, strikes=strikes, limits=limits)
+        return msgspec.structs.replace(known, strikes=self.strikes(user, key), limits=limits)
+
+    def strikes(self, user: str | None = None, key: str | None = None) -> list[Strike]:
+        """Those that count, of one user and key, or of any (None); whoever was struck last comes
+        first, and no more than `MAX_STRIKES`.
+        """
+        counted = reversed(self._enforcer.strikes_of(user, key))
+        return [Strike(*subject, rule, times) for subject, rule, times in counted][:MAX_STRIKES]
 
     def stats(self) -> AdmissionStats:
         audit = self._recorder.audit

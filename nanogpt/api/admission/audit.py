@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import msgspec
 
-from nanogpt.api.admission.config import AdmissionConfig
+from nanogpt.admission_config import AdmissionConfig
 from nanogpt.errors import StartupError
 
 log = logging.getLogger("admission")

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import regex
 
+from nanogpt.admission_config import ContentRule
 from nanogpt.api.admission.clock import Clock
-from nanogpt.api.admission.config import ContentRule
 from nanogpt.errors import ConfigError
 
 log = logging.getLogger("admission")

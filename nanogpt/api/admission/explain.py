@@ -2,9 +2,9 @@
 
 import msgspec
 
+from nanogpt.admission_config import AdmissionConfig
 from nanogpt.api.admission.audit import Entry, last_entries
 from nanogpt.api.admission.bans import Ban, worst
-from nanogpt.api.admission.config import AdmissionConfig
 from nanogpt.api.admission.rules import MEMORY_S
 from nanogpt.api.admission.state import Action, State
 

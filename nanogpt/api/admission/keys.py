@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from nanogpt.api.admission.config import ANONYMOUS, KEY_NAME, AdmissionConfig, KeyConfig, Limits
+from nanogpt.admission_config import ANONYMOUS, KEY_NAME, AdmissionConfig, KeyConfig, Limits
 from nanogpt.errors import ConfigError, Unauthorized
 
 PREFIX = "sk-ngpt-"

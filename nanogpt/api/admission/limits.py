@@ -4,7 +4,7 @@ import math
 import threading
 from typing import Literal
 
-from nanogpt.api.admission.config import Limits
+from nanogpt.admission_config import Limits
 from nanogpt.api.admission.keys import Principal
 from nanogpt.api.admission.windows import Claim, Full, Level, Name, Taken, Windows
 from nanogpt.errors import InvalidRequest, RateLimited

@@ -9,8 +9,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from nanogpt.admission_config import AdmissionConfig
 from nanogpt.api.admission.clock import Clock
-from nanogpt.api.admission.config import AdmissionConfig
 from nanogpt.api.admission.windows import (
     SLOTS,
     WINDOW_S,

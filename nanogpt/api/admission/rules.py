@@ -6,9 +6,9 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 
+from nanogpt.admission_config import ANONYMOUS, Rule
 from nanogpt.api.admission.bans import Ban, Kind
 from nanogpt.api.admission.clock import Clock
-from nanogpt.api.admission.config import ANONYMOUS, Rule
 from nanogpt.api.admission.state import Action, State
 from nanogpt.api.admission.subject import Subject
 
@@ -43,13 +43,13 @@ class Strikes:
             times.clear()
             return True
 
-    def of(self, user: str, key: str | None) -> dict[Subject, dict[str, list[float]]]:
-        """Times by subject and rule, of this user under one key or any (None)."""
+    def of(self, user: str | None, key: str | None) -> dict[Subject, dict[str, list[float]]]:
+        """Times by subject and rule, of one user and key, or of any (None)."""
         with self._lock:
             return {
                 subject: {rule: list(times) for rule, times in rules.items()}
                 for subject, rules in self._times.items()
-                if subject.user == user and key in (None, subject.key)
+                if user in (None, subject.user) and key in (None, subject.key)
             }
 
     def clear(self, subject: Subject) -> None:
@@ -97,8 +97,11 @@ class Enforcer:
         actions = [self._act(struck, rule_name, rule, limit, now) for struck, limit in reached]
         return [action for action in actions if action is not None]
 
-    def strikes_of(self, user: str, key: str | None) -> list[tuple[Subject, str, list[float]]]:
-        """Times by subject and rule that still count, of a user under one key or any (None)."""
+    def strikes_of(
+        self, user: str | None, key: str | None
+    ) -> list[tuple[Subject, str, list[float]]]:
+        """Times by subject and rule that still count, of one user and key, or of any (None);
+        whoever was struck last comes last."""
         now = self._clock.time()
         counted = []
         for subject, rules in self._strikes.of(user, key).items():

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import msgspec
 
+from nanogpt.admission_config import MEMORY_STATE, KeyConfig
 from nanogpt.api.admission.bans import Ban, Kind
-from nanogpt.api.admission.config import MEMORY_STATE, KeyConfig
 from nanogpt.api.admission.keys import Key
 from nanogpt.api.admission.subject import Subject
 from nanogpt.errors import ConfigError, StartupError

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from nanogpt.config import Section
+from nanogpt.errors import ConfigError
+from nanogpt.section import Section
 
 # A key's name goes into logs, headers of other systems and file formats: keep it plain.
 KEY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -133,7 +134,10 @@ class AdmissionConfig(Section, frozen=True, kw_only=True):
 
 
 def _state_path(given: str) -> Path:
-    if given:
-        return Path(given).expanduser().absolute()
     base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(base).expanduser().absolute() / "nanogpt" / "admission.sqlite"
+    try:
+        return Path(given or f"{base}/nanogpt/admission.sqlite").expanduser().absolute()
+    except RuntimeError as error:  # no HOME, and no such user in the password file
+        raise ConfigError(
+            f"can't tell where to keep keys and bans: {error}; set admission.state to a file"
+        ) from error

@@ -1,0 +1,17 @@
+"""What a route gives back, before any web framework makes a response of it."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from nanogpt.api.exchange import Exchange
+
+JSON = "application/json"
+EVENT_STREAM = "text/event-stream; charset=utf-8"
+
+
+class Answer(NamedTuple):
+    body: bytes | Iterator[bytes]
+    status: int = 200
+    content_type: str = JSON
+    headers: dict[str, str] = {}
+    exchange: Exchange | None = None  # to be closed when the body has been sent, or can't be

@@ -1,0 +1,86 @@
+"""Who sent one request, and what admission says about it."""
+
+import hashlib
+from collections.abc import Mapping
+
+from nanogpt.api.admission import Admission, Principal, Ticket
+from nanogpt.api.admission.subject import clean_user
+from nanogpt.api.plan import Plan
+from nanogpt.errors import ApiError
+from nanogpt.registry import ModelInfo
+
+
+class Caller:
+    """The client of one request, for as long as that takes. Used by one thread at a time.
+
+    `principal` is known once `authenticate` has returned, `user` once `precheck` was called.
+    """
+
+    def __init__(self, admission: Admission, request_id: str) -> None:
+        self._admission, self._request_id = admission, request_id
+        self.principal: Principal | None = None
+        self.user: str | None = None
+
+    def authenticate(self, authorization: str | None, *, admin: bool) -> None:
+        """Raises Unauthorized, Banned, RateLimited."""
+        self.principal = self._admission.authenticate(
+            authorization, admin=admin, request_id=self._request_id
+        )
+
+    @property
+    def name(self) -> str:
+        """Of the key."""
+        return self._known.key_name
+
+    @property
+    def tenant(self) -> str:
+        """A short opaque name of key and user, for a fair share of the engines."""
+        text = f"{self._known.key_name}\0{clean_user(self.user)}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def weight(self) -> float:
+        """The key's share, relative to those of others."""
+        return self._known.weight
+
+    def visible(self, models: Mapping[str, ModelInfo]) -> dict[str, ModelInfo]:
+        """Those that the key may use."""
+        return {name: info for name, info in models.items() if self._known.may_use(name)}
+
+    def precheck(self, user: str | None, model: str) -> None:
+        """Before any work is done. Raises Banned, RateLimited, ModelNotFound, Unavailable."""
+        self.user = user
+        self._admission.precheck(self._known, user=user, request_id=self._request_id, model=model)
+
+    def admit(self, plan: Plan) -> Ticket:
+        """Reserve the tokens that the plan may take. Raises RateLimited, InvalidRequest,
+        Unavailable."""
+        request = plan.request
+        choices = len(request.prompts) * request.n
+        return self._admission.admit(
+            self._known,
+            user=self.user,
+            request_id=self._request_id,
+            model=request.model,
+            prompts=plan.prompt_texts,
+            prompt_tokens=plan.prompt_tokens,
+            max_new_tokens=choices * request.params.max_tokens,
+        )
+
+    def refused(self, error: ApiError) -> None:
+        """Notice the error that the client gets. Nothing to notice when nobody knows who it is."""
+        if self.principal is not None:
+            self._admission.refused(
+                self.principal, user=self.user, request_id=self._request_id, error=error
+            )
+
+    def headers(self) -> dict[str, str]:
+        """x-ratelimit-*, when limits are configured."""
+        if self.principal is None:
+            return {}
+        return self._admission.headers(self.principal, self.user)
+
+    @property
+    def _known(self) -> Principal:
+        assert self.principal is not None, "authenticate comes first"
+        return self.principal
