@@ -11,7 +11,7 @@ the least recently used goes first, and blocks that nobody could find go before 
 """
 
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from hashlib import blake2b
 
@@ -60,6 +60,11 @@ class BlockManager:
     def count_free(self, blocks: Iterable[int]) -> int:
         """How many of these blocks have no holder: sharing them uses up that many free ones."""
         return sum(not self._references[block] for block in blocks)
+
+    def freed_by(self, block_tables: Iterable[list[int]]) -> set[int]:
+        """Blocks that nobody but these tables holds: releasing them all would free these."""
+        held = Counter(block for table in block_tables for block in table)
+        return {block for block, count in held.items() if count == self._references[block]}
 
     def allocate(self, count: int) -> list[int]:
         """Take `count` free blocks with one reference each. The caller has checked `num_free`."""

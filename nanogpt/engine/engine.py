@@ -140,6 +140,7 @@ class Engine:
             generated_tokens=self._num_generated,
             preemptions=scheduler.num_preemptions,
             steps=scheduler.num_steps,
+            fair_preemptions=scheduler.num_fair_preemptions,
         )
 
     def check_integrity(self) -> None:
@@ -195,6 +196,8 @@ class Engine:
     def _record(self, batch: Batch, output: StepOutput) -> list[EngineEvent]:
         events: list[EngineEvent] = []
         for seq, logprobs in output.scores:
+            if not logprobs:
+                continue  # a preempted prompt is recomputed up to where its scores go on
             events.append(PromptScored(seq.request_id, seq.prompt_i, seq.score_next, logprobs))
             seq.score_next += len(logprobs)
             if not seq.scoring and not seq.wants_token:

@@ -2,10 +2,17 @@
 
 Each step has a budget of tokens. Running sequences that need one token (decode) come first, so
 that nobody's stream stalls; prompts fill the rest in chunks; then waiting sequences are admitted
-while blocks last. Admission is optimistic: it counts the blocks of the tokens that exist, not of
-those to come. When a decoding sequence finds no free block, the last in order (priority, then
-arrival) gives up its blocks and is recomputed later, be it the finder itself. The first in order
-is never preempted, and the pool holds at least one full context, so it always advances.
+while blocks last, the least served tenant's first (see fairness.py). Admission is optimistic: it
+counts the blocks of the tokens that exist, not of those to come. When a decoding sequence finds no
+free block, the last in order gives up its blocks and is recomputed later, be it the finder itself.
+The order goes round: every tenant's first sequence, every tenant's second, and so on; so memory
+is taken from who has most. Where there is no room for the first that waits, a step begins with a
+swap: running sequences make room for it whose tenant has had more than a fair share.
+
+Something always advances. The sequence that would be admitted first, were it waiting, heads the
+running order: memory is never taken from it, and only one that goes before it may displace it. It
+keeps that rank until it does work that was never done before, since nothing else is charged; all
+requests together have only so much of that. And the pool holds at least one full context.
 
 A block is registered in the prefix cache when the chunk that fills it is scheduled, not when it
 has been computed: in every layer all rows write their keys and values before any row reads, so
@@ -13,12 +20,16 @@ sequences of the same step can already share it.
 """
 
 from bisect import insort
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from nanogpt.engine.block_manager import BlockManager, extend_hashes
+from nanogpt.engine.fairness import Flow, Flows
 from nanogpt.engine.sequence import Sequence, appoint_leader
-from nanogpt.engine.waiting import WaitingQueue
+from nanogpt.engine.waiting import WaitingQueue, admission_key
 from nanogpt.errors import ConfigError
+
+MAX_SWAPS = 4  # a step: each makes a prompt to compute now, and a sequence to recompute later
 
 
 @dataclass(slots=True)
@@ -57,29 +68,36 @@ class Scheduler:
             )
         self.blocks = blocks
         self.max_num_seqs, self.max_batch_tokens = max_num_seqs, max_batch_tokens
+        self.flows = Flows()
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # in order of key
-        self.num_steps = self.num_preemptions = 0
+        self._order: list[Sequence] = []  # who runs, less those that began in this step
+        self.num_steps = self.num_preemptions = self.num_fair_preemptions = 0
         self.num_prompt_tokens = self.num_cached_tokens = 0
 
     def add(self, seq: Sequence) -> None:
+        """Queue a sequence with its followers."""
+        self.flows.join(seq)
         self.waiting.push(seq)
 
     def schedule(self) -> Batch:
         """The next step's batch; its chunks count as computed from here on."""
         self.num_steps += 1
         batch = Batch(budget=self.max_batch_tokens)
-        for seq in tuple(self.running):
+        self._swap()
+        self._order = self._running_order()
+        for seq in tuple(self._order):
             if seq.running and seq.remaining == 1 and self._ensure_slot(seq, batch):
                 self._place(seq, batch)
-        for seq in tuple(self.running):
-            if seq.running and seq.remaining > 1 and batch.budget:
+        for seq in self._order:
+            if seq.remaining > 1 and batch.budget:
                 self._place(seq, batch)
         self._admit(batch)
         return batch
 
     def finish(self, seq: Sequence) -> None:
         """Take a sequence out, wherever it is; its followers go on without it."""
+        self.flows.leave(seq)
         if seq.leader is not None:
             seq.leader.followers.remove(seq)
             return
@@ -102,6 +120,28 @@ class Scheduler:
 
     # Running sequences
 
+    def _running_order(self) -> list[Sequence]:
+        """By priority, by rank in the flow for its weight, by arrival; but in front of all the
+        one that would be admitted first."""
+        places = self._places()
+        if len(places) == 1:
+            return [*self.running]
+        ranked = [
+            (seq.priority, rank / flow.weight, seq.arrival, seq)
+            for flow, seqs in places.items()
+            for rank, seq in enumerate(seqs, 1)
+        ]
+        order = [seq for *_, seq in sorted(ranked)]
+        first = min(order, key=admission_key, default=None)
+        return sorted(order, key=lambda seq: seq is not first)
+
+    def _places(self) -> dict[Flow, list[Sequence]]:
+        """Each flow's running sequences, by arrival."""
+        places: dict[Flow, list[Sequence]] = {}
+        for seq in self.running:
+            places.setdefault(seq.flow, []).append(seq)
+        return places
+
     def _ensure_slot(self, seq: Sequence, batch: Batch) -> bool:
         """Give the token at `num_computed` a block of its own to be written to, or preempt."""
         index = seq.num_computed // self.blocks.block_size
@@ -110,8 +150,9 @@ class Scheduler:
         if not is_new and not self.blocks.is_shared(table[index]):
             return True
         while not self.blocks.num_free:
-            victim = self.running[-1]  # not in this step yet: those go in order
+            victim = self._order.pop()  # not in this step yet: those go in order
             self._preempt(victim)
+            self.num_preemptions += 1
             if victim is seq:
                 return False
             if not is_new and not self.blocks.is_shared(table[index]):
@@ -126,7 +167,6 @@ class Scheduler:
         return True
 
     def _preempt(self, seq: Sequence) -> None:
-        self.num_preemptions += 1
         self.running.remove(seq)
         self.blocks.release(seq.block_table)
         seq.running, seq.num_computed, seq.block_table = False, 0, []
@@ -142,13 +182,18 @@ class Scheduler:
         self.num_prompt_tokens += max(0, min(end, seq.prompt_len) - start)
         seq.num_computed = end
         self._register(seq, start, end)
+        served = max(0, min(end, seq.prompt_len) - seq.num_charged)
+        seq.num_charged += served
         if not seq.remaining and seq.wants_token:
             chunk.samplers = [seq, *self._fork(seq)]
+        seq.flow.charge(served + len(chunk.samplers))
 
     def _fork(self, leader: Sequence) -> list[Sequence]:
         """Followers that now share the leader's complete prompt. Each of them soon needs a block
         of its own, so those without room wait, with a leader of their own."""
         followers, leader.followers = leader.followers, []
+        for seq in followers:
+            seq.num_charged = leader.num_charged
         room = min(self.max_num_seqs, self.blocks.num_free) - len(self.running)
         forked, rest = followers[: max(0, room)], followers[max(0, room) :]
         for seq in forked:
@@ -171,22 +216,59 @@ class Scheduler:
 
     # Admission
 
-    def _admit(self, batch: Batch) -> None:
-        while batch.budget and self.waiting and len(self.running) < self.max_num_seqs:
+    def _swap(self) -> None:
+        """Preempt for the first that waits, where that is fair and makes room enough."""
+        for _ in range(MAX_SWAPS):
+            if not self.waiting:
+                return
             seq = self.waiting.peek()
             cached = self._find_cached(seq)
-            fresh = self.blocks.blocks_for(len(seq.tokens)) - len(cached)
-            if fresh + self.blocks.count_free(cached) > self._num_spare():
+            victims = self._victims_for(seq, cached)
+            if not victims:
+                return
+            for victim in victims:
+                self._preempt(victim)
+            self.num_fair_preemptions += len(victims)
+            self._start(self.waiting.pop(), cached)
+
+    def _victims_for(self, seq: Sequence, cached: list[int]) -> list[Sequence]:
+        """Whom to preempt for a waiting sequence, those with most first; nobody if there is room
+        without that, or not with that either."""
+        places, victims = self._places(), list[Sequence]()
+        num_own = len(places.get(seq.flow, ()))
+        while not self._has_room(seq, cached, victims):
+            flows = [
+                flow
+                for flow, seqs in places.items()
+                if seqs and seq.flow.may_displace(flow, num_own, len(seqs))
+            ]
+            if not flows:
+                return []
+            most = max(flows, key=lambda f: (f.priority, len(places[f]) / f.weight, f.service))
+            victims.append(places[most].pop())
+        return victims
+
+    def _admit(self, batch: Batch) -> None:
+        while batch.budget and self.waiting:
+            seq = self.waiting.peek()
+            cached = self._find_cached(seq)
+            if not self._has_room(seq, cached):
                 break
-            self.waiting.pop()
-            self.blocks.share(cached)
-            seq.block_table = cached + self.blocks.allocate(fresh)
-            self._start(seq, len(cached) * self.blocks.block_size)
+            self._start(self.waiting.pop(), cached)
             self._place(seq, batch)
 
-    def _num_spare(self) -> int:
-        """Free blocks beyond one for each running sequence, so that admission does not preempt."""
-        return self.blocks.num_free - len(self.running)
+    def _has_room(
+        self, seq: Sequence, cached: list[int], victims: Collection[Sequence] = ()
+    ) -> bool:
+        """Whether a waiting sequence could start if the victims didn't run. A free block is left
+        to each that runs, so that admission does not preempt."""
+        num_running = len(self.running) - len(victims)
+        if num_running >= self.max_num_seqs:
+            return False
+        freed = self.blocks.freed_by(victim.block_table for victim in victims)
+        fresh = self.blocks.blocks_for(len(seq.tokens)) - len(cached)
+        revived = self.blocks.count_free(cached) + len(freed.intersection(cached))
+        return fresh + revived + num_running <= self.blocks.num_free + len(freed)
 
     def _find_cached(self, seq: Sequence) -> list[int]:
         """Cached blocks of the sequence's beginning. At least the last token is left to compute,
@@ -196,12 +278,17 @@ class Scheduler:
         extend_hashes(seq.block_hashes, seq.tokens, self.blocks.block_size, count)
         return self.blocks.find(seq.block_hashes[:count])
 
-    def _start(self, seq: Sequence, num_cached: int) -> None:
-        seq.num_computed = num_cached
-        self.num_cached_tokens += min(num_cached, seq.prompt_len)
+    def _start(self, seq: Sequence, cached: list[int]) -> None:
+        self.blocks.share(cached)
+        fresh = self.blocks.blocks_for(len(seq.tokens)) - len(cached)
+        seq.block_table = cached + self.blocks.allocate(fresh)
+        seq.num_computed = len(cached) * self.blocks.block_size
+        num_cached = min(seq.num_computed, seq.prompt_len)
+        self.num_cached_tokens += num_cached
+        seq.num_charged = max(seq.num_charged, num_cached)
         if seq.cached_tokens is None:
             for each in (seq, *seq.followers):
-                each.cached_tokens = min(num_cached, seq.prompt_len)
+                each.cached_tokens = num_cached
         self._insert_running(seq)
 
     def _insert_running(self, seq: Sequence) -> None:

@@ -21,6 +21,7 @@ from nanogpt.sampling_params import SamplingParams
 if TYPE_CHECKING:
     import numpy as np
 
+    from nanogpt.engine.fairness import Flow
     from nanogpt.engine.token_counts import TokenCounts
 
 
@@ -42,10 +43,12 @@ class Sequence:
         "cached_tokens",
         "choice_j",
         "counts",
+        "flow",
         "followers",
         "index",
         "leader",
         "max_new",
+        "num_charged",
         "num_computed",
         "params",
         "priority",
@@ -54,8 +57,10 @@ class Sequence:
         "request_id",
         "running",
         "score_next",
+        "tenant",
         "tokens",
         "uniforms",
+        "weight",
     )
 
     def __init__(
@@ -64,6 +69,8 @@ class Sequence:
         self.request_id = request.request_id
         self.params: SamplingParams = request.params
         self.priority = request.priority
+        self.tenant, self.weight = request.tenant, request.weight
+        self.flow: Flow  # the tenant's, from the scheduler
         self.arrival = arrival  # a number that grows with every sequence of the engine
         self.index = index
         self.prompt_i, self.choice_j = divmod(index, request.n)
@@ -77,6 +84,7 @@ class Sequence:
         self.block_table: list[int] = []
         self.block_hashes: list[bytes] = []
         self.cached_tokens: int | None = None  # of the prompt; None: not admitted yet
+        self.num_charged = 0  # tokens of the prompt that its tenant has had, cached or computed
         self.leader: Sequence | None = None
         self.followers: list[Sequence] = []
         self.score_next = self.prompt_len  # next prompt position to report log probabilities of
@@ -89,7 +97,7 @@ class Sequence:
 
     @property
     def key(self) -> tuple[int, int]:
-        """Who goes first: lower priority, then who came first. A total order."""
+        """Lower priority, then who came first. A total order that never changes."""
         return self.priority, self.arrival
 
     @property
@@ -133,6 +141,6 @@ class Sequence:
         heir.running = self.running
         heir.num_computed, heir.block_table = self.num_computed, self.block_table
         heir.block_hashes, heir.cached_tokens = self.block_hashes, self.cached_tokens
-        heir.score_next = self.score_next
+        heir.score_next, heir.num_charged = self.score_next, self.num_charged
         self.followers, self.block_table = [], []
         return heir

@@ -10,6 +10,8 @@ from nanogpt.engine.logprobs import MAX_TOP_LOGPROBS
 from nanogpt.request import GenerateRequest
 from nanogpt.sampling_params import SamplingParams
 
+MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000.0  # counters of tokens / weight stay exact for years
+
 
 def problem_with(request: GenerateRequest, *, vocab_size: int, context_length: int) -> str | None:
     """What is wrong with a request, or None."""
@@ -20,6 +22,8 @@ def problem_with(request: GenerateRequest, *, vocab_size: int, context_length: i
         return f"{len(request.owners)} owners for {count} choices"
     if request.resumed and len(request.resumed) != count:
         return f"resumed tokens of {len(request.resumed)} choices, there are {count}"
+    if not MIN_WEIGHT <= request.weight <= MAX_WEIGHT:
+        return f"weight is {request.weight}; it must be from {MIN_WEIGHT} to {MAX_WEIGHT}"
     for prompt in request.prompts:
         if not 1 <= len(prompt) <= context_length:
             return f"a prompt of {len(prompt)} tokens; the context has {context_length}"
