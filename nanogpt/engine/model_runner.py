@@ -51,7 +51,6 @@ class ModelRunner:
             pack_model(self._model)
         self._cache = allocate_kv_cache(config, num_kv_blocks, block_size, dtype, device)
         self._sampler = Sampler(
-            vocab_rows=config.vocab_size,
             vocab_size=loaded.info.vocab_size,
             eos_token_id=loaded.info.eos_token_id,
             device=device,

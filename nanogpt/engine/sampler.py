@@ -18,15 +18,14 @@ MIN_TEMPERATURE = 1e-5  # below, logits / temperature could overflow; as good as
 class Sampler:
     """Samples for one model. Keeps its buffers, and what it knows of the last batch, for the next.
 
-    `vocab_rows` is the width of the logits, `vocab_size` the number of real tokens among them.
+    The first `vocab_size` logits of a row are tokens; whatever comes after them is padding.
     """
 
-    def __init__(
-        self, *, vocab_rows: int, vocab_size: int, eos_token_id: int | None, device: torch.device
-    ) -> None:
-        self._vocab_rows, self._vocab_size = vocab_rows, vocab_size
-        self._eos_token_id, self._device = eos_token_id, device
-        self._probs, self._logprobs = _Buffer(device), _Buffer(device)
+    def __init__(self, *, vocab_size: int, eos_token_id: int | None, device: torch.device) -> None:
+        self._vocab_size, self._eos_token_id, self._device = vocab_size, eos_token_id, device
+        width = padded_width(vocab_size)
+        self._logits, self._probs = _Buffer(width, device), _Buffer(width, device)
+        self._logprobs = _Buffer(width, device)
         self._plan = _Plan([], eos_token_id, device)
 
     def sample(
@@ -34,15 +33,15 @@ class Sampler:
     ) -> tuple[list[int], list[TokenLogprobs | None]]:
         """Tokens and, for sequences that want them, log probabilities, parallel to `seqs`.
 
-        `logits` (B, vocab_rows) are the model's own; they are overwritten. A row that is not
-        finite, or in which every token is banned, gets NO_TOKEN.
+        `logits` (B, at least vocab_size) are the model's own; they are overwritten. A row that is
+        not finite, or in which every token is banned, gets NO_TOKEN.
         """
         plan = self._plan_for(seqs)
-        logits = self._mask_padding(logits)
+        logits = self._without_padding(logits)
         reports = None
         if plan.report:
             rows = torch.tensor(plan.report, device=self._device)
-            reports = self._report(logits[rows], top=any(plan.report_counts))
+            reports = self._report(_select(logits, plan.report), top=any(plan.report_counts))
         plan.rules.apply(logits)
         broken = ~logits.amax(-1).isfinite()
         if bool(broken.any()):
@@ -56,21 +55,27 @@ class Sampler:
         return token_ids.masked_fill_(broken, NO_TOKEN).tolist(), logprobs
 
     def logprobs(self, logits: Tensor, *, top: bool) -> Logprobs:
-        """Log probabilities for the model's own logits (R, vocab_rows), which are overwritten.
+        """Log probabilities for the model's own logits (R, at least vocab_size).
 
-        Valid until the next call of any method: the sampler's buffer holds them.
+        The logits are overwritten; the result is valid until the next call of any method.
         """
-        return self._report(self._mask_padding(logits), top=top)
+        return self._report(self._without_padding(logits), top=top)
 
-    def _mask_padding(self, logits: Tensor) -> Tensor:
-        logits = logits.float()
-        if self._vocab_size < self._vocab_rows:
-            logits[:, self._vocab_size :] = -torch.inf
+    def _without_padding(self, logits: Tensor) -> Tensor:
+        """The logits in float32 with -inf for what is no token: (B, padded_width(vocab_size)).
+
+        In place if they have that form already.
+        """
+        size = self._vocab_size
+        if logits.dtype != torch.float32 or logits.size(1) != self._logits.width:
+            buffer = self._logits.get(len(logits))
+            buffer[:, :size] = logits[:, :size]
+            logits = buffer
+        logits[:, size:] = -torch.inf
         return logits
 
     def _report(self, logits: Tensor, *, top: bool) -> Logprobs:
-        buffer = self._logprobs.get(len(logits), self._vocab_rows)
-        logprobs = torch.log_softmax(logits, -1, out=buffer)
+        logprobs = torch.log_softmax(logits, -1, out=self._logprobs.get(len(logits)))
         return Logprobs(logprobs, vocab_size=self._vocab_size, top=top)
 
     def _plan_for(self, seqs: list[Sequence]) -> "_Plan":
@@ -79,47 +84,38 @@ class Sampler:
         return self._plan
 
     def _choose(self, logits: Tensor, plan: "_Plan") -> Tensor:
-        if len(plan.greedy) == len(logits):
-            return argmax(logits)
-        if len(plan.plain) == len(logits):
-            return draw(self._softmax(logits, plan.temperature), plan.uniforms())
+        """Token ids (B,): each kind of rows in its own way."""
         token_ids = torch.empty(len(logits), dtype=torch.long, device=self._device)
         uniform = plan.uniforms()
         if plan.greedy:
-            rows = torch.tensor(plan.greedy, device=self._device)
-            token_ids[rows] = argmax(logits[rows])
+            token_ids[plan.greedy] = argmax(_select(logits, plan.greedy))
         if plan.plain:
-            rows = torch.tensor(plan.plain, device=self._device)
-            probs = self._softmax(logits[rows], plan.temperature[rows])
-            token_ids[rows] = draw(probs, uniform[rows])
+            probs = self._softmax(logits, plan.plain, plan.temperature)
+            token_ids[plan.plain] = draw(probs, uniform[plan.plain])
         if plan.filtered:
-            rows = torch.tensor(plan.filtered, device=self._device)
-            probs = self._softmax(logits[rows], plan.temperature[rows])
-            token_ids[rows] = draw_filtered(
-                probs, uniform[rows], plan.top_k, plan.top_p, plan.min_p
+            probs = self._softmax(logits, plan.filtered, plan.temperature)
+            token_ids[plan.filtered] = draw_filtered(
+                probs, uniform[plan.filtered], plan.top_k, plan.top_p, plan.min_p
             )
         return token_ids
 
-    def _softmax(self, logits: Tensor, temperature: Tensor) -> Tensor:
-        """Probabilities (B, padded width) at the rows' temperatures, in the sampler's buffer."""
-        probs = self._probs.get(len(logits), padded_width(self._vocab_rows))
-        logits.div_(temperature.unsqueeze(1))
-        if probs.size(1) == self._vocab_rows:
-            return torch.softmax(logits, -1, out=probs)
-        probs[:, : self._vocab_rows] = torch.softmax(logits, -1)
-        return probs
+    def _softmax(self, logits: Tensor, rows: list[int], temperature: Tensor) -> Tensor:
+        """Probabilities of these rows at their temperatures, in the sampler's buffer."""
+        logits = _select(logits, rows).div_(temperature[rows].unsqueeze(1))
+        return torch.softmax(logits, -1, out=self._probs.get(len(logits)))
 
 
 class _Buffer:
     """Rows of float32 that are used again: memory that is new costs page faults at every step."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._rows = torch.zeros(0, 0, device=device)
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.width = width
+        self._rows = torch.empty(0, width, device=device)
 
-    def get(self, count: int, width: int) -> Tensor:
-        """(count, width), of whatever the last user left; zeros at first."""
+    def get(self, count: int) -> Tensor:
+        """(count, width), of whatever the last user left."""
         if len(self._rows) < count:
-            self._rows = torch.zeros(count, width, device=self._rows.device)
+            self._rows = torch.empty(count, self.width, device=self._rows.device)
         return self._rows[:count]
 
 
@@ -154,10 +150,8 @@ class _Plan:
 
 
 def argmax(logits: Tensor) -> Tensor:
-    """Ids (B,) of the greatest logits, the lowest of equal ones. In two steps where the width
-    allows, since a plain maximum is vectorised on a CPU and a search for its place is not."""
-    if logits.size(1) % WIDTH:
-        return logits.argmax(-1)
+    """Ids (B,) of the greatest logits (B, n * WIDTH), the lowest of equal ones. In two steps, since
+    a plain maximum is vectorised on a CPU and a search for its place is not."""
     blocks = logits.view(len(logits), -1, WIDTH)
     block = blocks.amax(-1).argmax(-1)  # (B,)
     rows = torch.arange(len(logits), device=logits.device)
@@ -175,3 +169,8 @@ def _uniform(seq: Sequence) -> float:
     if seq.uniforms is None:
         seq.uniforms = uniforms(seq.params.seed, seq.prompt_i, seq.choice_j, seq.max_new)
     return seq.uniforms[seq.output_len]
+
+
+def _select(x: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of (B, V), ascending: x itself if it is all of them, else a copy."""
+    return x if len(rows) == len(x) else x[rows]
