@@ -99,9 +99,11 @@ class Sampler:
             )
         return token_ids
 
-    def _softmax(self, logits: Tensor, rows: list[int], temperature: Tensor) -> Tensor:
+    def _softmax(self, logits: Tensor, rows: list[int], temperature: Tensor | None) -> Tensor:
         """Probabilities of these rows at their temperatures, in the sampler's buffer."""
-        logits = _select(logits, rows).div_(temperature[rows].unsqueeze(1))
+        logits = _select(logits, rows)
+        if temperature is not None:
+            logits.div_(temperature[rows].unsqueeze(1))
         return torch.softmax(logits, -1, out=self._probs.get(len(logits)))
 
 
@@ -133,11 +135,10 @@ class _Plan:
         random = [row for row, seq in enumerate(seqs) if not seq.params.is_greedy]
         self.plain = [row for row in random if not _is_filtered(seqs[row])]
         self.filtered = [row for row in random if _is_filtered(seqs[row])]
-        self.temperature = torch.tensor(
-            [max(seq.params.temperature, MIN_TEMPERATURE) for seq in seqs],
-            dtype=torch.float32,
-            device=device,
-        )
+        temperatures = [max(seq.params.temperature, MIN_TEMPERATURE) for seq in seqs]
+        self.temperature = None  # 1 everywhere
+        if any(seqs[row].params.temperature != 1 for row in random):
+            self.temperature = torch.tensor(temperatures, dtype=torch.float32, device=device)
         chosen = [seqs[row].params for row in self.filtered]
         self.top_k = torch.tensor([p.top_k for p in chosen], dtype=torch.long, device=device)
         self.top_p = torch.tensor([p.top_p for p in chosen], dtype=torch.float64, device=device)
