@@ -100,12 +100,16 @@ class AttentionBackend(Protocol):
     """How a device keeps keys and values, and attends to them. `key` and `value` are one layer."""
 
     name: str
-    reads_unwritten: bool  # masked slots meet a weight of zero, so they must not hold a NaN
 
-    def cache_shapes(
-        self, config: GPTConfig, num_blocks: int, block_size: int
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of the key and the value cache of all layers: (n_layer, num_blocks, ...)."""
+    def empty_cache(
+        self,
+        config: GPTConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> tuple[Tensor, Tensor]:
+        """Key and value cache of all layers: (n_layer, num_blocks, ...) each."""
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, key: Tensor, value: Tensor, meta: AttentionMetadata
@@ -121,13 +125,20 @@ class TorchBackend:
     """
 
     name = "torch"
-    reads_unwritten = True
 
-    def cache_shapes(
-        self, config: GPTConfig, num_blocks: int, block_size: int
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def empty_cache(
+        self,
+        config: GPTConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values, each (n_layer, num_blocks, block_size, n_head, head_size)."""
         shape = (config.n_layer, num_blocks, block_size, config.n_head, config.head_size)
-        return shape, shape
+        # Zeros: a masked slot meets a weight of zero, and zero times NaN would be NaN.
+        keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        return keys, values
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, key: Tensor, value: Tensor, meta: AttentionMetadata
@@ -226,12 +237,7 @@ def allocate_kv_cache(
     """An empty cache of `num_blocks` blocks of `block_size` tokens, for the device's backend."""
     device = torch.device(device)
     backend = backend or select_backend(device, dtype, block_size)
-    # Without zeroing, the system hands out a page of the cache when it is first written.
-    new = torch.zeros if backend.reads_unwritten else torch.empty
-    keys, values = (
-        new(shape, dtype=dtype, device=device)
-        for shape in backend.cache_shapes(config, num_blocks, block_size)
-    )
+    keys, values = backend.empty_cache(config, num_blocks, block_size, dtype, device)
     return KVCache(keys, values, block_size, backend)
 
 
@@ -243,8 +249,8 @@ def kv_bytes_per_block(
 ) -> int:
     """Bytes of one block of keys and values over all layers, as the device's backend keeps them."""
     backend = select_backend(torch.device(device), dtype, block_size)
-    shapes = backend.cache_shapes(config, 1, block_size)
-    return sum(torch.Size(shape).numel() for shape in shapes) * dtype.itemsize
+    caches = backend.empty_cache(config, 1, block_size, dtype, torch.device("meta"))
+    return sum(cache.nbytes for cache in caches)
 
 
 class PagedAttend:

@@ -14,16 +14,25 @@ class CPUBackend:
     """Paged attention in C++ (see attention.cpp): rows are the same to the bit in every batch."""
 
     name = "cpu"
-    reads_unwritten = False
 
-    def cache_shapes(
-        self, config: GPTConfig, num_blocks: int, block_size: int
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def empty_cache(
+        self,
+        config: GPTConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> tuple[Tensor, Tensor]:
+        """Keys (n_layer, num_blocks, n_head, tiles, head_size, 16), values (..., 16, padded)."""
         if block_size % TILE:
             raise ValueError(f"block_size {block_size} is not a multiple of {TILE}")
-        blocks = (config.n_layer, num_blocks, config.n_head, block_size // TILE)
         padded = -(-config.head_size // TILE) * TILE
-        return (*blocks, config.head_size, TILE), (*blocks, TILE, padded)
+        # In memory a head's blocks are neighbours; see attention.cpp. Nothing reads a slot that
+        # was never written, so the system hands out each page when it is first used.
+        heads = (config.n_layer, config.n_head, num_blocks, block_size // TILE)
+        keys = torch.empty(*heads, config.head_size, TILE, dtype=dtype, device=device)
+        values = torch.empty(*heads, TILE, padded, dtype=dtype, device=device)
+        return keys.transpose(1, 2), values.transpose(1, 2)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, key: Tensor, value: Tensor, meta: AttentionMetadata

@@ -15,7 +15,10 @@
 
 namespace nanogpt {
 
-// Scores of R rows over C tiles. q is (head_size, kMaxRows); rows of `scores` are `stride` apart.
+constexpr int kMaxHeadSize = 256;
+constexpr int kQueryStride = kMaxHeadSize + kLanes;  // known here, so that one pointer serves all rows
+
+// Scores of R rows over C tiles. Rows of q are kQueryStride apart, rows of `scores` `stride`.
 template <typename T, int R, int C>
 inline void score_tiles(const float* q, const T* const* keys, int ahead, int head_size,
                         float* scores, int stride) {
@@ -31,7 +34,7 @@ inline void score_tiles(const float* q, const T* const* keys, int ahead, int hea
     if (R <= 2 && (sizeof(T) == 4 || d % 2 == 0))
       for (int c = 0; c < C; c++) __builtin_prefetch(soon[c] + d * kLanes);
     for (int r = 0; r < R; r++) {
-      const Vec a = broadcast(q[d * kMaxRows + r]);
+      const Vec a = broadcast(q[r * kQueryStride + d]);
       for (int c = 0; c < C; c++) sum[r][c] = fma(a, x[c], sum[r][c]);
     }
   }
@@ -78,7 +81,7 @@ void score(const float* q, int rows, const T* const* keys, int begin, int end, i
            float* scores, int stride) {
   for_row_blocks(rows, [&](auto block, int first) {
     constexpr int R = block(), C = std::min(4, kMaxSums / R);
-    const float* q_block = q + first;
+    const float* q_block = q + first * kQueryStride;
     float* s = scores + first * stride;
     int tile = begin;
     for (; tile + C <= end; tile += C)

@@ -1,6 +1,6 @@
-// Sixteen float lanes, whatever the machine: one AVX-512 register, two of AVX2, or plain loops that
-// the compiler vectorises. Every operation works lane by lane and rounds once, in the same order
-// everywhere, so that machines with fused multiply-add give the same bits.
+// Sixteen float lanes, whatever the machine: one AVX-512 register, two of AVX2, or what the compiler
+// makes of them. Every operation works lane by lane and rounds once, in the same order everywhere,
+// so that all machines with fused multiply-add give the same bits.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -97,61 +97,47 @@ inline __m256 power_of_two(__m256 magic) {
 }
 inline Vec power_of_two(Vec magic) { return {power_of_two(magic.x), power_of_two(magic.y)}; }
 
-#else
+#else  // the vectors of GCC and Clang, in whatever registers there are
 
 constexpr int kMaxRows = 4;
 constexpr int kMaxSums = 4;
 
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+
 struct Vec {
-  float x[kLanes];
+  Floats x;
 };
 
-template <typename F>
-inline Vec each(F f) {
+inline Vec broadcast(float a) { return {Floats{} + a}; }
+inline Vec load(const float* p) {
   Vec r;
-  for (int i = 0; i < kLanes; i++) r.x[i] = f(i);
+  std::memcpy(&r, p, sizeof(r));
   return r;
-}
-
-inline Vec broadcast(float a) {
-  return each([&](int) { return a; });
 }
 template <typename T>
 inline Vec load(const T* p) {
-  return each([&](int i) { return static_cast<float>(p[i]); });
+  alignas(64) float lane[kLanes];
+  for (int i = 0; i < kLanes; i++) lane[i] = static_cast<float>(p[i]);
+  return load(lane);
 }
-inline void store(float* p, Vec a) { std::memcpy(p, a.x, sizeof(a.x)); }
-inline Vec add(Vec a, Vec b) {
-  return each([&](int i) { return a.x[i] + b.x[i]; });
-}
-inline Vec sub(Vec a, Vec b) {
-  return each([&](int i) { return a.x[i] - b.x[i]; });
-}
-inline Vec mul(Vec a, Vec b) {
-  return each([&](int i) { return a.x[i] * b.x[i]; });
-}
-inline Vec max(Vec a, Vec b) {
-  return each([&](int i) { return a.x[i] > b.x[i] ? a.x[i] : b.x[i]; });
-}
+inline void store(float* p, Vec a) { std::memcpy(p, &a, sizeof(a)); }
+inline Vec add(Vec a, Vec b) { return {a.x + b.x}; }
+inline Vec sub(Vec a, Vec b) { return {a.x - b.x}; }
+inline Vec mul(Vec a, Vec b) { return {a.x * b.x}; }
+inline Vec max(Vec a, Vec b) { return {a.x > b.x ? a.x : b.x}; }
 inline Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__FP_FAST_FMAF)
-  return each([&](int i) { return __builtin_fmaf(a.x[i], b.x[i], c.x[i]); });
-#else  // built with -ffp-contract=off: two roundings, in one order
-  return each([&](int i) { return a.x[i] * b.x[i] + c.x[i]; });
+  for (int i = 0; i < kLanes; i++) c.x[i] = __builtin_fmaf(a.x[i], b.x[i], c.x[i]);
+  return c;
+#else  // built with -ffp-contract=off: always two roundings
+  return {a.x * b.x + c.x};
 #endif
 }
-inline Vec zero_below(Vec x, float bound, Vec a) {
-  return each([&](int i) { return x.x[i] < bound ? 0.0f : a.x[i]; });
-}
+inline Vec zero_below(Vec x, float bound, Vec a) { return {x.x < bound ? Floats{} : a.x}; }
 inline Vec power_of_two(Vec magic) {
-  return each([&](int i) {
-    uint32_t bits;
-    std::memcpy(&bits, &magic.x[i], 4);
-    bits = (bits << 23) + 0x3f800000u;
-    float power;
-    std::memcpy(&power, &bits, 4);
-    return power;
-  });
+  const Ints power = ((Ints)magic.x << 23) + 0x3f800000;
+  return {(Floats)power};
 }
 
 #endif
