@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 
 from nanogpt.data.dataset import Meta
+from nanogpt.model.gpt import GPT
 from nanogpt.train.config import TrainConfig
 from nanogpt.train.state import Progress
 
@@ -57,25 +58,32 @@ def plot(out: Path) -> None:
 
 
 def model_card(
-    config: TrainConfig, meta: Meta, progress: Progress, parameters: int, losses: dict[str, float]
+    config: TrainConfig,
+    meta: Meta,
+    progress: Progress,
+    model: GPT,
+    *,
+    train_loss: float,
+    val_loss: float,
 ) -> bytes:
     """README.md of a trained checkpoint, from the run itself."""
-    tokens = progress.step * config.batch_size * config.accumulate * config.model.block_size
+    tokens = progress.step * config.batch_size * config.accumulate * model.config.block_size
     epochs = tokens / meta.train_tokens
     kind = "characters" if meta.tokenizer.kind == "char" else "GPT-2's byte pairs"
     recipe = msgspec.to_builtins(config)
-    shape = recipe.pop("model")
+    del recipe["model"]  # which a run that starts from another model doesn't use
+    shape = msgspec.to_builtins(model.config)
     recipe = {k: v for k, v in recipe.items() if k not in ("out", "title", "licence", "data")}
     table = "\n".join(f"| {k} | {v} |" for k, v in {**shape, **recipe}.items())
     return f"""# {config.title}
 
 | | |
 | --- | --- |
-| parameters | {parameters:,} |
+| parameters | {model.num_parameters():,} |
 | tokens are | {kind} ({meta.vocab_size:,} kinds) |
-| context | {config.model.block_size} tokens |
-| validation loss | {losses["val"]:.4f} nats a token |
-| training loss | {losses["train"]:.4f} nats a token, without dropout |
+| context | {model.config.block_size} tokens |
+| validation loss | {val_loss:.4f} nats a token |
+| training loss | {train_loss:.4f} nats a token, without dropout |
 | trained for | {progress.step:,} steps, {tokens:,} tokens, {epochs:.1f} epochs |
 | data | {meta.source}, SHA-256 `{meta.source_sha256}` |
 | split | first 90 % of the text to train ({meta.train_tokens:,} tokens), the rest to validate |

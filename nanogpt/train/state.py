@@ -85,5 +85,5 @@ def restore(out: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]
                 continue
             index, _, rest = rest.partition(".")
             name, _, slot = rest.rpartition(".")
-            device = "cpu" if slot == "step" and value.is_cpu else params[name].device
-            optimizers[int(index)].state[params[name]][slot] = value.to(device, copy=True)
+            param = params[name]
+            optimizers[int(index)].state[param][slot] = value.to(param.device, copy=True)

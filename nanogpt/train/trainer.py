@@ -63,6 +63,10 @@ class Trainer:
         check_same_run(old, self.config)
         state.restore(self.out, self.model, self.optimizers)
 
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.batch_size * self.config.accumulate * self.model.config.block_size
+
     # ------------------------------------------------------------------ steps
 
     def fraction(self) -> float:
@@ -132,9 +136,8 @@ class Trainer:
                 self.progress.elapsed_s += now - clock
                 clock = now
                 bar.update()
-                bar.set_postfix(
-                    loss=f"{loss:.3f}", tokens_s=f"{self._rate(bar):.0f}", refresh=False
-                )
+                rate = self.tokens_per_step * (bar.format_dict["rate"] or 0.0)
+                bar.set_postfix(loss=f"{loss:.3f}", tokens_s=f"{rate:.0f}", refresh=False)
                 done = self.fraction() >= 1
                 if log and (done or self.progress.step % self.config.eval_every == 0):
                     self._evaluate(log, fraction, bar)
@@ -153,11 +156,6 @@ class Trainer:
             mininterval=1.0,
         )
 
-    def _rate(self, bar: tqdm) -> float:
-        c = self.config
-        per_step = c.batch_size * c.accumulate * self.model.config.block_size
-        return per_step * (bar.format_dict["rate"] or 0.0)
-
     def _save(self) -> None:
         self.progress.loss_scale = self.scaler.get_scale()
         state.save(self.out, self.config, self.progress, self.model, self.optimizers)
@@ -169,10 +167,7 @@ class Trainer:
         train = evaluate(self.model, self.data.train, few, cast)
         log.add(
             step=self.progress.step,
-            tokens=self.sampler.block_size
-            * self.config.batch_size
-            * self.config.accumulate
-            * self.progress.step,
+            tokens=self.tokens_per_step * self.progress.step,
             elapsed_s=round(self.progress.elapsed_s, 1),
             lr_scale=round(lr_scale(self.progress.step, fraction, self.config), 5),
             train_loss=round(train, 5),
@@ -182,11 +177,16 @@ class Trainer:
         report.plot(self.out)
         if self.progress.best_val is None or val < self.progress.best_val:
             self.progress.best_val = val
-            self._export({"train": train, "val": val})
+            self._export(train, val)
 
-    def _export(self, losses: dict[str, float]) -> None:
+    def _export(self, train: float, val: float) -> None:
         card = report.model_card(
-            self.config, self.data.meta, self.progress, self.model.num_parameters(), losses
+            self.config,
+            self.data.meta,
+            self.progress,
+            self.model,
+            train_loss=train,
+            val_loss=val,
         )
         checkpoint.save(
             self.out / "best", self.model, self.data.meta.tokenizer, files={checkpoint.CARD: card}
