@@ -16,17 +16,6 @@ MODEL = "shakespeare-char"
 PROMPT = "ROMEO:"
 
 
-@pytest.fixture(scope="module")
-def server():
-    with serving("--ranks", "2") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return server.client()
-
-
 def complete(client, **params):
     return client.completions.create(
         **{"model": MODEL, "prompt": PROMPT, "max_tokens": 32, **params}
@@ -186,7 +175,7 @@ def test_stop_leaves_nothing_behind(number):
         processes = server.below()
         assert len(processes) >= 4  # torchrun, a rank, the front end's master and worker
         assert server.stop(number) == 0
-        gone, alive = psutil.wait_procs(processes, timeout=5)
+        _, alive = psutil.wait_procs(processes, timeout=5)
         assert not alive
         assert "Traceback" not in server.output
         assert "rror" not in server.output
@@ -196,7 +185,7 @@ def test_killed_launcher_takes_everything_with_it():
     with serving() as server:
         processes = server.below()
         server.process.kill()
-        gone, alive = psutil.wait_procs(processes, timeout=20)
+        _, alive = psutil.wait_procs(processes, timeout=20)
         assert not alive
 
 
