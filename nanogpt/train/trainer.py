@@ -130,7 +130,8 @@ class Trainer:
         log = report.LossLog(self.out, self.progress.step) if self.place.rank == 0 else None
         saved = clock = time.monotonic()
         with self._bar() as bar:
-            while (fraction := self.fraction()) < 1:
+            fraction = self.fraction()
+            while fraction < 1:
                 loss = self.step(fraction)
                 now = time.monotonic()
                 self.progress.elapsed_s += now - clock
@@ -138,9 +139,10 @@ class Trainer:
                 bar.update()
                 rate = self.tokens_per_step * (bar.format_dict["rate"] or 0.0)
                 bar.set_postfix(loss=f"{loss:.3f}", tokens_s=f"{rate:.0f}", refresh=False)
-                done = self.fraction() >= 1
+                before, fraction = fraction, self.fraction()
+                done = fraction >= 1
                 if log and (done or self.progress.step % self.config.eval_every == 0):
-                    self._evaluate(log, fraction, bar)
+                    self._evaluate(log, before, bar)
                 if log and (done or now - saved >= self.config.save_every_s):
                     self._save()
                     saved = now
