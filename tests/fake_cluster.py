@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from nanogpt.errors import ModelNotFound, Unavailable
-from nanogpt.registry import ModelInfo, TokenizerSpec
+from nanogpt.registry import ModelCard, ModelInfo, TokenizerSpec
 from nanogpt.request import (
     EngineEvent,
     EngineStats,
@@ -60,6 +60,18 @@ class ByteTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return self._bytes[token_id]
 
+
+# Another name of the model below.
+CARDS = {
+    "fake/model": ModelCard(
+        name="fake/model",
+        hub="fake/model",
+        aliases=("fake", "fake/old-name"),
+        tokenizer="gpt2",
+        context=64,
+        licence="MIT",
+    )
+}
 
 INFO = ModelInfo(
     name="fake/model",

@@ -16,16 +16,13 @@ import openai
 import psutil
 import pytest
 
-import frontend
-from nanogpt.admission_config import MEMORY_STATE, AdmissionConfig
-from nanogpt.api.admission import Admission
 from nanogpt.api.openapi import OPERATIONS
 from nanogpt.config import HttpConfig
 from nanogpt.errors import Unavailable
+from tests.app_utils import NAME, assert_error, complete, make_app
 from tests.fake_cluster import INFO, FakeCluster, Status, fail_after, play
 
 ROOT = Path(__file__).resolve().parent.parent
-NAME = INFO.name
 
 
 @pytest.fixture
@@ -33,24 +30,9 @@ def cluster():
     return FakeCluster()
 
 
-OPEN = AdmissionConfig(state=MEMORY_STATE)  # no keys, no limits
-
-
-def make_client(cluster, settings=HttpConfig(), admission=OPEN, environ=None, cards=None):  # noqa: B008
-    admission = Admission(admission, environ or {})
-    app = frontend.create_app(cluster, settings, admission, cards or {}, clock=lambda: 1234.5)
-    return app.test_client()
-
-
 @pytest.fixture
 def client(cluster):
-    return make_client(cluster)
-
-
-def complete(client, headers=None, **fields):
-    return client.post(
-        "/v1/completions", json={"model": NAME, "prompt": "hi", **fields}, headers=headers
-    )
+    return make_app(cluster).test_client()
 
 
 def events(response) -> list:
@@ -59,14 +41,6 @@ def events(response) -> list:
     return [part if part.startswith(":") else json.loads(part[6:]) for part in parts[:-1]] + [
         parts[-1]
     ]
-
-
-def assert_error(response, status, kind="invalid_request_error", code=None, param=None):
-    assert response.status_code == status
-    assert response.content_type == "application/json"
-    error = response.json["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert (error["type"], error["code"], error["param"]) == (kind, code, param)
 
 
 # Completions
@@ -165,7 +139,7 @@ def test_refused_admission(cluster, client, code):
 
 def test_places_are_limited_and_given_back(cluster):
     """Threads are left for everything else; a refused or finished request holds none."""
-    client = make_client(cluster, HttpConfig(threads=4))
+    client = make_app(cluster, HttpConfig(threads=4)).test_client()
     body = {"model": NAME, "stream": True}
     streams = [client.post("/v1/completions", json=body, buffered=False) for _ in range(3)]
     response = complete(client)
@@ -202,7 +176,7 @@ def test_bad_requests(client):
 
 
 def test_body_limit(cluster):
-    client = make_client(cluster, HttpConfig(max_body_mib=1))
+    client = make_app(cluster, HttpConfig(max_body_mib=1)).test_client()
     response = complete(client, prompt="x" * 2**20)
     assert_error(response, 413)
     assert "1 MiB" in response.json["error"]["message"]
@@ -322,7 +296,7 @@ def test_cors_is_off_by_default(client):
 
 @pytest.mark.parametrize(("origins", "allowed"), [(("https://a.example",), False), (("*",), True)])
 def test_cors_for_listed_origins(cluster, origins, allowed):
-    client = make_client(cluster, HttpConfig(cors_origins=origins))
+    client = make_app(cluster, HttpConfig(cors_origins=origins)).test_client()
     preflight = client.options(
         "/v1/completions",
         headers={
@@ -430,24 +404,23 @@ import msgspec
 import frontend
 from nanogpt import log
 from nanogpt.api import listener
-from nanogpt.admission_config import MEMORY_STATE, AdmissionConfig
-from nanogpt.api.admission import Admission
 from nanogpt.config import HttpConfig
+from tests.app_utils import make_app
 from tests.fake_cluster import INFO, FakeCluster, play
 
-def make_app():
+settings = HttpConfig(threads=8, drain_s=float(sys.argv[2]))
+
+def app():
     info = msgspec.structs.replace(INFO, context_length=10**6)
     cluster = FakeCluster(play([b"hello " * int(sys.argv[3])]), infos=[info])
     cluster.delay_s = float(sys.argv[1])
-    admission = Admission(AdmissionConfig(state=MEMORY_STATE), {})
-    return frontend.create_app(cluster, settings, admission, {})
+    return make_app(cluster, settings)
 
-settings = HttpConfig(threads=8, drain_s=float(sys.argv[2]))
 log.set_up("info", "front end")
 listener.RECEIVE_TIMEOUT_S, listener.SEND_TIMEOUT_S = 0.5, 1.0
 socket = listener.listen("127.0.0.1", 0)
 print(socket.getsockname()[1], flush=True)
-frontend.serve(socket, make_app, settings)
+frontend.serve(socket, app, settings)
 """
 
 
