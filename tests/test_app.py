@@ -175,6 +175,12 @@ def test_bad_requests(client):
     assert_error(client.post("/v1/completions", data="{", content_type="application/json"), 400)
 
 
+def test_a_long_name_in_an_inner_object_is_not_repeated(client):
+    response = complete(client, stream=True, stream_options={"x" * 5000: True})
+    assert_error(response, 400, param="stream_options")
+    assert len(response.json["error"]["message"]) < 600
+
+
 def test_body_limit(cluster):
     client = make_app(cluster, HttpConfig(max_body_mib=1)).test_client()
     response = complete(client, prompt="x" * 2**20)

@@ -85,7 +85,7 @@ class _Field:
         try:
             return self._decoder.decode(raw)
         except msgspec.ValidationError as error:
-            problem = _plain(str(error))
+            problem = clip(_plain(str(error)))  # it may name an unknown field of the client's
         except msgspec.DecodeError as error:
             problem = f"malformed value ({error})"
         except UnicodeDecodeError:
