@@ -29,7 +29,7 @@ from nanogpt.cluster.messages import (
 from nanogpt.cluster.placement import Placement
 from nanogpt.cluster.transport import ControlLink, EventLink, FrontEndSockets
 from nanogpt.cluster.watch import Watch
-from nanogpt.errors import Unavailable
+from nanogpt.errors import InvalidRequest, Unavailable
 from nanogpt.registry import ModelInfo, TokenizerSpec
 from nanogpt.request import (
     GenerateRequest,
@@ -375,6 +375,13 @@ def test_too_much_outstanding_is_overloaded_and_recovers(client, workers):
     handle.cancel()
     wait_for(lambda: client._outstanding == 0)
     client.submit(request())
+
+
+def test_a_request_that_can_never_fit_is_the_clients_mistake(client, workers):
+    """Else it would be told to try again, for ever."""
+    with pytest.raises(InvalidRequest, match="at most 8"):
+        client.submit(request(n=9))
+    client.submit(request(n=8))
 
 
 def test_draining_takes_nothing_new_and_finishes_the_rest(client, workers):

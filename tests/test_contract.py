@@ -141,7 +141,9 @@ def test_any_body(client, operation, caplog):
 def test_any_headers_and_names(client, operation, caplog):
     @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
     @given(
-        headers=st.dictionaries(header_names, header_text | text.map(lambda t: quote(t, errors="replace"))),
+        headers=st.dictionaries(
+            header_names, header_text | text.map(lambda t: quote(t, errors="replace"))
+        ),
         key=st.sampled_from([KEY, ADMIN_KEY, ""]),
         name=st.text(min_size=1, max_size=20),
         query=st.dictionaries(st.sampled_from(["key", "model", "x"]), text, max_size=2),
