@@ -18,7 +18,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     goes on at position len(resumed[index]). `finished` are indices that need no more work.
 
     Under contention tenants of one priority get equal service on each rank, or service in
-    proportion to `weight` (finite, above 0). `tenant` is an opaque name; "" is one like any other.
+    proportion to `weight` (0.001 to 1000). `tenant` is an opaque name; "" is one like any other.
     """
 
     request_id: str
@@ -98,5 +98,6 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True, gc=False):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
-    preemptions: int = 0
+    preemptions: int = 0  # for want of blocks
     steps: int = 0
+    fair_preemptions: int = 0  # in favour of another tenant or a lower priority value
