@@ -47,6 +47,8 @@ def request(
     resumed: tuple[tuple[int, ...], ...] = (),
     finished: tuple[int, ...] = (),
     priority: int = 0,
+    tenant: str = "",
+    weight: float = 1.0,
     **params: Any,
 ) -> GenerateRequest:
     prompts = prompts or ([1, 2, 3],)
@@ -60,6 +62,8 @@ def request(
         resumed=resumed,
         finished=finished,
         priority=priority,
+        tenant=tenant,
+        weight=weight,
     )
 
 

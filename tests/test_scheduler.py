@@ -279,6 +279,8 @@ def test_stop_tokens_end_a_choice_and_are_not_part_of_it() -> None:
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
         ({"logprobs": 21}, "logprobs"),
         ({"owners": (0, 0)}, "owners"),
+        ({"weight": 0.0}, "weight"),
+        ({"weight": float("nan")}, "weight"),
     ],
 )
 def test_an_invalid_request_fails_alone(change: dict[str, object], says: str) -> None:
@@ -334,6 +336,8 @@ def random_request(rng: random.Random, name: str) -> GenerateRequest:
         *prompts,
         n=rng.choice([1, 1, 2, 5, 12]),
         priority=rng.choice([0, 0, 1]),
+        tenant=rng.choice("abc"),
+        weight=rng.choice([0.5, 1.0, 1.0, 3.0, 100.0]),  # a heavy one's turn comes at once
         seed=rng.randrange(10**6),
         max_tokens=rng.choice([0, 1, 5, 15, 60]),
         prompt_logprobs=rng.random() < 0.2,
