@@ -9,7 +9,7 @@ from nanogpt.api.choice import Delta
 from nanogpt.api.errors import ClientGone
 from nanogpt.api.metrics import Metrics
 from nanogpt.api.plan import Plan
-from nanogpt.errors import ServerError, Unavailable
+from nanogpt.errors import Unavailable
 from nanogpt.request import EngineEvent, TokenEvent
 
 QUEUE_RETRY_S = 30  # when to come back after a wait in vain
@@ -79,7 +79,7 @@ class Exchange:
     def _feed(self, events: Sequence[EngineEvent]) -> tuple[list[Delta], list[int]]:
         try:
             return self.assembler.feed(events)
-        except ServerError:
+        except Exception:
             self._is_served = False
             raise
 
