@@ -23,6 +23,17 @@ def test_allocate_and_release() -> None:
     blocks.check_integrity([])
 
 
+def test_what_some_holders_together_would_free() -> None:
+    blocks = BlockManager(4, 2)
+    first = blocks.allocate(2)
+    blocks.share(first[:1])
+    second = [first[0], *blocks.allocate(1)]
+    assert blocks.freed_by([]) == set()
+    assert blocks.freed_by([first]) == {first[1]}
+    assert blocks.freed_by([first, second]) == {*first, *second}
+    assert blocks.num_free == 1, "it only asks"
+
+
 def test_shared_blocks_are_free_when_the_last_holder_leaves() -> None:
     blocks = BlockManager(4, 2)
     table = blocks.allocate(2)

@@ -218,6 +218,30 @@ def test_events_of_one_step(loaded: Loaded) -> None:
     assert engine.step() == []
 
 
+def test_one_choice_does_not_wait_for_another_tenants_64(loaded: Loaded) -> None:
+    engine, collector = engine_of(loaded, num_kv_blocks=96), Collector()
+    many = request("many", prompt_of(20), n=64, max_tokens=80, tenant="a")
+    one = request("one", prompt_of(20, 1), max_tokens=30, tenant="b")
+    engine.add(many)
+    for _ in range(5):
+        collector.take(engine.step())
+    engine.add(one)
+    for _ in range(3):
+        collector.take(engine.step())
+    assert collector.tokens["one", 0]
+    while ("one", 0) not in collector.finish_reasons:
+        collector.take(engine.step())
+    assert engine.stats().steps <= 5 + 3 + 30
+    assert not any(request_id == "many" for request_id, _ in collector.finish_reasons)
+    while engine.has_work:
+        collector.take(engine.step())
+    assert engine.stats().fair_preemptions > 0
+    if has_row_invariant_kernels():
+        for each in (many, one):
+            alone = run_all(engine_of(loaded), each).tokens
+            assert {key: collector.tokens[key] for key in alone} == alone
+
+
 def test_a_duplicate_id_fails_both(loaded: Loaded) -> None:
     engine = engine_of(loaded)
     engine.add(request("r"))
