@@ -83,6 +83,17 @@ def test_one_choice_is_served_at_once_beside_128() -> None:
     assert progress.over(5)["many"] == 5 * 16, "its place is used again"
 
 
+def test_the_one_preempted_does_not_come_back_in_the_same_step() -> None:
+    """Both have received the same, and who makes room came first: it went to the head of the
+    queue, and was started in the other's stead."""
+    progress = Progress(long_context_engine(max_num_seqs=2))
+    progress.add("a", n=2)
+    progress.run(1)
+    progress.add("b")
+    progress.run(1)
+    assert progress.steps[-1] == {"a": 1, "b": 1}
+
+
 def test_a_tenant_alone_is_never_preempted_for_itself() -> None:
     progress = Progress(long_context_engine())
     for i in range(40):

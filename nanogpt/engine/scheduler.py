@@ -226,10 +226,11 @@ class Scheduler:
             victims = self._victims_for(seq, cached)
             if not victims:
                 return
+            self.waiting.pop()
             for victim in victims:
                 self._preempt(victim)
             self.num_fair_preemptions += len(victims)
-            self._start(self.waiting.pop(), cached)
+            self._start(seq, cached)
 
     def _victims_for(self, seq: Sequence, cached: list[int]) -> list[Sequence]:
         """Whom to preempt for a waiting sequence, those with most first; nobody if there is room
