@@ -1,29 +1,16 @@
-"""The front end: a Flask application under gunicorn, in a process of its own below rank 0.
+"""The front end: a Flask application under gunicorn, in a process of its own below rank 0."""
 
-One gunicorn worker with many threads serves all connections; the master keeps the listening
-socket when the worker dies. The application, with its cluster client and threads, is made in the
-worker, since neither sockets of ZeroMQ nor threads survive a fork.
-"""
-
-import contextlib
+import ipaddress
 import logging
-import math
 import os
 import re
-import secrets
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
-from typing import Any
 
 import flask
-from gunicorn import glogging
-from gunicorn.app.base import BaseApplication
-from gunicorn.http import errors as malformed
-from gunicorn.workers.gthread import ThreadWorker
 from werkzeug.exceptions import (
     ClientDisconnected,
     HTTPException,
@@ -36,12 +23,13 @@ from nanogpt import log as logging_setup
 from nanogpt import options
 from nanogpt.api import cors, errors, metrics
 from nanogpt.api.admission import Admission
-from nanogpt.api.answer import JSON, Answer
+from nanogpt.api.answer import JSON, Answer, new_request_id
 from nanogpt.api.backend import Cluster
 from nanogpt.api.caller import Caller
 from nanogpt.api.decode import clip
-from nanogpt.api.listener import allow_files, listen
+from nanogpt.api.listener import listen
 from nanogpt.api.operators import Operators
+from nanogpt.api.server import serve
 from nanogpt.api.service import Service
 from nanogpt.cluster.client import ClusterStatus
 from nanogpt.cluster.connect import connect
@@ -253,7 +241,7 @@ def _add_headers(
         flask.g.started = time.monotonic()
         given = request.headers.get("x-request-id", "")
         sane = _SANE_ID.fullmatch(given)
-        flask.g.request_id = given if sane else _new_id()
+        flask.g.request_id = given if sane else new_request_id()
         flask.g.caller = Caller(admission, flask.g.request_id)
         if request.method != "OPTIONS" and request.path not in KEYLESS:
             admin = request.path == "/admin" or request.path.startswith("/admin/")
@@ -272,10 +260,6 @@ def _add_headers(
         service.metrics.requests.labels(route, str(response.status_code)).inc()
         _log_when_sent(response)
         return response
-
-
-def _new_id() -> str:
-    return f"req_{secrets.token_hex(16)}"
 
 
 def _allow_origin(response: flask.Response, origins: tuple[str, ...]) -> None:
@@ -306,121 +290,11 @@ def _log_when_sent(response: flask.Response) -> None:
     response.call_on_close(write)
 
 
-# gunicorn
-
-KEEPALIVE_S = 75  # above the 60 s of common proxies, so that they close first
-MAX_IDLE_CONNECTIONS = 2048  # beyond those that are served; they cost no thread
-# All threads that wait for the interpreter lock wake up this often to ask for it. Ours hold it for
-# microseconds between system calls, so asking is only work: at 512 streams of 20 events a second
-# the default of 5 ms takes a third more CPU time, and falls behind where 20 ms keeps up.
-SWITCH_INTERVAL_S = 0.02
-GRACE_S = 3.0  # beyond drain_s, for the last answers to go out; the launcher waits 5
-
-
-SPARE_FILES = 512  # for all that is not a connection
-
-
-class _Logger(glogging.Logger):
-    """Leaves gunicorn's messages to the handlers of this process."""
-
-    def exception(self, msg: str, *args: Any, **kwargs: Any) -> None:
-        if isinstance(sys.exc_info()[1], BlockingIOError):  # one of the two timeouts
-            log.info("closed the connection of a client that stalled")
-        else:
-            super().exception(msg, *args, **kwargs)
-
-    def setup(self, cfg: Any) -> None:
-        super().setup(cfg)
-        self.error_log.handlers.clear()
-        self.error_log.propagate = True
-
-
-class Worker(ThreadWorker):
-    """Drains on SIGTERM, and answers in JSON when a request is not even HTTP."""
-
-    def handle_exit(self, sig: int, frame: Any) -> None:
-        if self.alive and self.app.service is not None:
-            self.app.service.drain()
-        super().handle_exit(sig, frame)
-
-    def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: Exception) -> None:
-        ours = (malformed.InvalidResponseHeader, malformed.InvalidResponseHeaderName)
-        if isinstance(exc, malformed.ParseException) and not isinstance(exc, ours):
-            text = f"the request is not valid HTTP/1.1: {clip(str(exc))}"
-            error = errors.from_status(_PARSE_STATUS.get(type(exc), 400), text)
-        else:
-            error = errors.unexpected(exc)
-        body = errors.body(error)
-        head = (
-            f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
-            f"Content-Type: {JSON}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
-            f"x-request-id: {_new_id()}\r\nopenai-processing-ms: 0\r\n\r\n"
-        )
-        log.info("malformed request from %s: %s", addr[0] if addr else "-", exc)
-        with contextlib.suppress(OSError):  # the client may be gone, and that is all right
-            client.settimeout(1.0)
-            client.sendall(head.encode("latin-1") + body)
-
-
-_PARSE_STATUS = {
-    malformed.LimitRequestLine: 414,
-    malformed.LimitRequestHeaders: 431,
-    malformed.UnsupportedTransferCoding: 501,
-    malformed.ExpectationFailed: 417,
-}
-
-
-class _Application(BaseApplication):
-    """gunicorn with our settings; the worker makes the application."""
-
-    def __init__(
-        self, listener: socket.socket, make_app: Callable[[], flask.Flask], settings: HttpConfig
-    ) -> None:
-        self._listener, self._make_app, self._settings = listener, make_app, settings
-        self.service: Service | None = None
-        super().__init__()
-
-    def load_config(self) -> None:
-        threads = self._settings.threads
-        connections = allow_files(threads + MAX_IDLE_CONNECTIONS + SPARE_FILES) - SPARE_FILES
-        values = {
-            "bind": f"fd://{self._listener.detach()}",
-            "worker_class": Worker,
-            "workers": 1,
-            "threads": threads,
-            "worker_connections": max(connections, threads),
-            "keepalive": KEEPALIVE_S,
-            "timeout": 60,  # of silence of the worker's main thread
-            "graceful_timeout": math.ceil(self._settings.drain_s + GRACE_S),
-            "limit_request_line": 8190,
-            "limit_request_fields": 100,
-            "limit_request_field_size": 16384,
-            "worker_tmp_dir": "/dev/shm" if os.path.isdir("/dev/shm") else None,
-            "logger_class": _Logger,
-            "loglevel": "warning",
-            "control_socket_disable": True,
-            "proc_name": "nanogpt-frontend",
-            "worker_exit": lambda server, worker: self._close(),
-        }
-        for name, value in values.items():
-            self.cfg.set(name, value)
-
-    def load(self) -> flask.Flask:
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
-        app = self._make_app()
-        self.service = app.extensions["nanogpt"]
-        return app
-
-    def _close(self) -> None:
-        if self.service is not None:
-            self.service.close()
-
-
-def serve(
-    listener: socket.socket, make_app: Callable[[], flask.Flask], settings: HttpConfig
-) -> None:
-    """Answer on this socket until SIGTERM. `make_app` is called in the worker process."""
-    _Application(listener, make_app, settings).run()
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def main(argv: list[str]) -> int:
@@ -447,6 +321,12 @@ def main(argv: list[str]) -> int:
 
     def make_app() -> flask.Flask:
         admission = Admission(config.admission, os.environ)
+        if admission.is_open and not _is_loopback(config.host):
+            log.warning(
+                "anybody who reaches %s may use this server: make a key to close it "
+                "(python -m nanogpt.admin keys create NAME)",
+                config.host,
+            )
         cluster = connect(
             config, run_dir, owner_pid=owner_pid, on_ready=ready, on_orphaned=orphaned
         )

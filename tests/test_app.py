@@ -407,9 +407,8 @@ def test_an_idle_stream_is_pinged(cluster, client):
 SERVER = """
 import sys
 import msgspec
-import frontend
 from nanogpt import log
-from nanogpt.api import listener
+from nanogpt.api import listener, server
 from nanogpt.config import HttpConfig
 from tests.app_utils import make_app
 from tests.fake_cluster import INFO, FakeCluster, play
@@ -426,7 +425,7 @@ log.set_up("info", "front end")
 listener.RECEIVE_TIMEOUT_S, listener.SEND_TIMEOUT_S = 0.5, 1.0
 socket = listener.listen("127.0.0.1", 0)
 print(socket.getsockname()[1], flush=True)
-frontend.serve(socket, app, settings)
+server.serve(socket, app, settings)
 """
 
 

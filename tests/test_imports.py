@@ -46,6 +46,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "nanogpt.cluster.broadcast": (BASE | {"nanogpt.cluster"}, {"torch"}),
     "nanogpt.cluster.process_group": (BASE | {"nanogpt.cluster"}, {"torch"}),
     "nanogpt.api": (BASE | {"nanogpt.api", "nanogpt.cluster.messages"}, set()),
+    "nanogpt.api.server": (BASE | {"nanogpt.api"}, {"gunicorn"}),
     "nanogpt.data": (BASE | {"nanogpt.data", "nanogpt.model"}, {"numpy", "torch", "tiktoken"}),
     "nanogpt.train": (
         BASE | {"nanogpt.train", "nanogpt.data", "nanogpt.model"},
@@ -57,7 +58,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "rank_worker": (BASE | {"nanogpt.engine", "nanogpt.model", "nanogpt.cluster"}, set()),
     "frontend": (
         BASE | {"nanogpt.api", "nanogpt.jobs", "nanogpt.cluster"},
-        {"flask", "gunicorn"},
+        {"flask"},
     ),
 }
 BASE_MAY = {"tiktoken"}  # and the standard library, and msgspec

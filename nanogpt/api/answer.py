@@ -1,5 +1,6 @@
 """What a route gives back, before any web framework makes a response of it."""
 
+import secrets
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,3 +16,8 @@ class Answer(NamedTuple):
     content_type: str = JSON
     headers: dict[str, str] = {}
     exchange: Exchange | None = None  # to be closed when the body has been sent, or can't be
+
+
+def new_request_id() -> str:
+    """For an answer whose client gave no sane x-request-id."""
+    return f"req_{secrets.token_hex(16)}"

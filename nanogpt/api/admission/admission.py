@@ -113,6 +113,11 @@ class Admission:
     def close(self) -> None:
         self._resources.close()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether everybody may come, since no keys are configured."""
+        return not self._live.ring.closed
+
     # The way of a request
 
     def authenticate(

@@ -1,0 +1,149 @@
+"""The front end's HTTP server: gunicorn with one worker of many threads.
+
+The master keeps the listening socket when the worker dies. The application, with its cluster
+client and threads, is made in the worker, since neither sockets of ZeroMQ nor threads survive a
+fork.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import socket
+import sys
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any, Protocol
+
+from gunicorn import glogging
+from gunicorn.app.base import BaseApplication
+from gunicorn.http import errors as malformed
+from gunicorn.workers.gthread import ThreadWorker
+
+from nanogpt.api import errors
+from nanogpt.api.answer import JSON, new_request_id
+from nanogpt.api.decode import clip
+from nanogpt.api.listener import allow_files
+from nanogpt.api.service import Service
+from nanogpt.config import HttpConfig
+
+log = logging.getLogger(__name__)
+
+
+class App(Protocol):
+    """A WSGI application that keeps its Service under extensions["nanogpt"]."""
+
+    extensions: dict[str, Any]
+
+    def __call__(self, environ: Any, start_response: Any) -> Any: ...
+
+
+KEEPALIVE_S = 75  # above the 60 s of common proxies, so that they close first
+MAX_IDLE_CONNECTIONS = 2048  # beyond those that are served; they cost no thread
+# All threads that wait for the interpreter lock wake up this often to ask for it. Ours hold it for
+# microseconds between system calls, so asking is only work: at 512 streams of 20 events a second
+# the default of 5 ms takes a third more CPU time, and falls behind where 20 ms keeps up.
+SWITCH_INTERVAL_S = 0.02
+GRACE_S = 3.0  # beyond drain_s, for the last answers to go out; the launcher waits 5
+SPARE_FILES = 512  # for all that is not a connection
+
+
+class _Logger(glogging.Logger):
+    """Leaves gunicorn's messages to the handlers of this process."""
+
+    def exception(self, msg: str, *args: Any, **kwargs: Any) -> None:
+        if isinstance(sys.exc_info()[1], BlockingIOError):  # one of the two timeouts
+            log.info("closed the connection of a client that stalled")
+        else:
+            super().exception(msg, *args, **kwargs)
+
+    def setup(self, cfg: Any) -> None:
+        super().setup(cfg)
+        self.error_log.handlers.clear()
+        self.error_log.propagate = True
+
+
+class Worker(ThreadWorker):
+    """Drains on SIGTERM, and answers in JSON when a request is not even HTTP."""
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        if self.alive and self.app.service is not None:
+            self.app.service.drain()
+        super().handle_exit(sig, frame)
+
+    def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: Exception) -> None:
+        ours = (malformed.InvalidResponseHeader, malformed.InvalidResponseHeaderName)
+        if isinstance(exc, malformed.ParseException) and not isinstance(exc, ours):
+            text = f"the request is not valid HTTP/1.1: {clip(str(exc))}"
+            error = errors.from_status(_PARSE_STATUS.get(type(exc), 400), text)
+        else:
+            error = errors.unexpected(exc)
+        body = errors.body(error)
+        head = (
+            f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
+            f"Content-Type: {JSON}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
+            f"x-request-id: {new_request_id()}\r\nopenai-processing-ms: 0\r\n\r\n"
+        )
+        log.info("malformed request from %s: %s", addr[0] if addr else "-", exc)
+        with contextlib.suppress(OSError):  # the client may be gone, and that is all right
+            client.settimeout(1.0)
+            client.sendall(head.encode("latin-1") + body)
+
+
+_PARSE_STATUS = {
+    malformed.LimitRequestLine: 414,
+    malformed.LimitRequestHeaders: 431,
+    malformed.UnsupportedTransferCoding: 501,
+    malformed.ExpectationFailed: 417,
+}
+
+
+class _Application(BaseApplication):
+    """gunicorn with our settings; the worker makes the application."""
+
+    def __init__(
+        self, listener: socket.socket, make_app: Callable[[], App], settings: HttpConfig
+    ) -> None:
+        self._listener, self._make_app, self._settings = listener, make_app, settings
+        self.service: Service | None = None
+        super().__init__()
+
+    def load_config(self) -> None:
+        threads = self._settings.threads
+        connections = allow_files(threads + MAX_IDLE_CONNECTIONS + SPARE_FILES) - SPARE_FILES
+        values = {
+            "bind": f"fd://{self._listener.detach()}",
+            "worker_class": Worker,
+            "workers": 1,
+            "threads": threads,
+            "worker_connections": max(connections, threads),
+            "keepalive": KEEPALIVE_S,
+            "timeout": 60,  # of silence of the worker's main thread
+            "graceful_timeout": math.ceil(self._settings.drain_s + GRACE_S),
+            "limit_request_line": 8190,
+            "limit_request_fields": 100,
+            "limit_request_field_size": 16384,
+            "worker_tmp_dir": "/dev/shm" if os.path.isdir("/dev/shm") else None,
+            "logger_class": _Logger,
+            "loglevel": "warning",
+            "control_socket_disable": True,
+            "proc_name": "nanogpt-frontend",
+            "worker_exit": lambda server, worker: self._close(),
+        }
+        for name, value in values.items():
+            self.cfg.set(name, value)
+
+    def load(self) -> App:
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        app = self._make_app()
+        self.service = app.extensions["nanogpt"]
+        return app
+
+    def _close(self) -> None:
+        if self.service is not None:
+            self.service.close()
+
+
+def serve(listener: socket.socket, make_app: Callable[[], App], settings: HttpConfig) -> None:
+    """Answer on this socket until SIGTERM. `make_app` is called in the worker process."""
+    _Application(listener, make_app, settings).run()
