@@ -10,7 +10,7 @@ import torch
 
 from nanogpt.engine.attention import select_backend
 from nanogpt.engine.engine import Engine
-from nanogpt.engine.kv_cache import blocks_per_context, num_kv_blocks_for
+from nanogpt.engine.kv_cache import blocks_per_context
 from nanogpt.errors import EngineError
 from nanogpt.model.gpt import GPT, CausalAttend, GPTConfig
 from nanogpt.registry import ModelInfo
@@ -263,9 +263,6 @@ def test_abort_all_and_warm_up_leave_an_idle_engine(loaded: Loaded) -> None:
     assert (engine.stats().waiting, engine.stats().running) == (0, 0)
 
 
-def test_memory_in_blocks() -> None:
-    config = GPTConfig(block_size=1024, vocab_size=100, n_layer=12, n_head=12, n_embd=768)
-    per_token = 2 * 12 * 768 * 4  # keys and values, layers, width, bytes
-    blocks = num_kv_blocks_for(2**30, config, torch.float32)
-    assert blocks == 2**30 // (16 * per_token)
-    assert blocks_per_context(1000) == 63
+def test_blocks_of_a_full_context() -> None:
+    assert blocks_per_context(1008) == 63
+    assert blocks_per_context(1009) == 64
