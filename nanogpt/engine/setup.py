@@ -10,7 +10,6 @@ import torch
 from nanogpt import process, registry
 from nanogpt.config import ServeConfig
 from nanogpt.engine.attention import kv_bytes_per_block
-from nanogpt.engine.cpu.linear import pack_model
 from nanogpt.engine.engine import Engine
 from nanogpt.engine.kv_cache import blocks_per_context
 from nanogpt.errors import StartupError
@@ -82,9 +81,6 @@ def load_engines(config: ServeConfig, ranks: Ranks) -> dict[str, Engine]:
         load_model(source, name, dtype=dtype, device=device)
         for name, source in registry.sources(config.models)
     ]
-    if device.type == "cpu":
-        for each in loaded:
-            pack_model(each.model)
     engines = _build(config, ranks, device, loaded)
     for engine in engines.values():
         engine.warm_up()
