@@ -18,21 +18,28 @@ namespace nanogpt {
 constexpr int kMaxHeadSize = 256;
 constexpr int kQueryStride = kMaxHeadSize + kLanes;  // known here, so that one pointer serves all rows
 
-// Scores of R rows over C tiles. Rows of q are kQueryStride apart, rows of `scores` `stride`.
+// Asks for element i of what comes next, once for each line of cache. For one or two rows a product
+// waits for memory, and the processor's own prefetching stops at the end of a page, which is where
+// tiles end; more rows keep it busy enough. Decoding: 3 % faster in float, 20 % in bfloat16.
+template <int R, typename T>
+inline void prefetch(const T* next, int i) {
+  constexpr int kLine = 64 / sizeof(T);
+  if (R <= 2 && i % kLine == 0) __builtin_prefetch(next + i);
+}
+
+// Scores of R rows over C tiles, `ahead` tiles before the next ones to be read. Rows of q are kQueryStride apart, rows of `scores` `stride`.
 template <typename T, int R, int C>
 inline void score_tiles(const float* q, const T* const* keys, int ahead, int head_size,
                         float* scores, int stride) {
-  const T* k[C];
-  const T* soon[C];
-  for (int c = 0; c < C; c++) k[c] = keys[c], soon[c] = keys[ahead + c];
+  const T *k[C], *next[C];
+  for (int c = 0; c < C; c++) k[c] = keys[c], next[c] = keys[ahead + c];
   Vec sum[R][C];
   for (int r = 0; r < R; r++)
     for (int c = 0; c < C; c++) sum[r][c] = broadcast(0.0f);
   for (int d = 0; d < head_size; d++) {
     Vec x[C];
     for (int c = 0; c < C; c++) x[c] = load(k[c] + d * kLanes);
-    if (R <= 2 && (sizeof(T) == 4 || d % 2 == 0))
-      for (int c = 0; c < C; c++) __builtin_prefetch(soon[c] + d * kLanes);
+    for (int c = 0; c < C; c++) prefetch<R>(next[c], d * kLanes);
     for (int r = 0; r < R; r++) {
       const Vec a = broadcast(q[r * kQueryStride + d]);
       for (int c = 0; c < C; c++) sum[r][c] = fma(a, x[c], sum[r][c]);
@@ -52,10 +59,9 @@ inline void mix_columns(const float* p, int stride, const T* const* values, int 
   for (int key = begin; key < end;) {
     const T* row = values[key / kLanes] + (key % kLanes) * padded + column;
     const int stop = std::min(end, (key / kLanes + 1) * kLanes);
-    const T* soon = stop < end ? values[stop / kLanes] + column : row;
-    for (; key < stop; key++, row += padded, soon += padded) {
-      if (R <= 2)
-        for (int c = 0; c < C; c += sizeof(T) == 4 ? 1 : 2) __builtin_prefetch(soon + c * kLanes);
+    const T* next = stop < end ? values[stop / kLanes] + column : row;
+    for (; key < stop; key++, row += padded, next += padded) {
+      for (int c = 0; c < C; c++) prefetch<R>(next, c * kLanes);
       Vec x[C];
       for (int c = 0; c < C; c++) x[c] = load(row + c * kLanes);
       for (int r = 0; r < R; r++) {
