@@ -2,8 +2,8 @@
 
 import random
 from collections import Counter
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -168,16 +168,41 @@ def test_who_comes_back_with_more_than_the_others_waits_for_them() -> None:
 
 def test_a_shared_prompt_and_a_recomputation_are_charged_once() -> None:
     progress = Progress(fake_engine(num_kv_blocks=20, max_num_seqs=8, max_batch_tokens=16))
-    held = progress.add("stays", max_tokens=50, priority=-1, tenant="x")
-    assert held.priority < 0
+    progress.add("stays", max_tokens=50, priority=-1, tenant="x")
     flows = {}
     for name in "ab":
-        progress.add(name, n=12, max_tokens=20, prompt=[ord(name) - 90] * 30)
+        progress.add(name, n=13, max_tokens=20, prompt=[ord(name) - 90] * 30)
         flows[name] = progress.engine._live[name][0].flow
+    progress.run(1)
+    progress.engine.abort("a", 0)  # another choice goes on with the prompt
+    progress.engine.abort("b", 0)
     while len(progress.collector.finish_reasons) < 25:
         progress.run(1)
-    assert progress.engine.stats().preemptions + progress.swaps > 0
-    assert {name: flow.service for name, flow in flows.items()} == dict.fromkeys("ab", 30 + 12 * 20)
+    assert progress.engine.stats().preemptions > 0
+    assert flows["a"].service == flows["b"].service == 30 + 12 * 20
+
+
+def test_what_the_prefix_cache_provides_is_free() -> None:
+    progress = Progress(fake_engine())
+    for name, charged in (("a", 32 + 5), ("b", 4 + 5)):
+        progress.add(name, prompt=[7] * 32, max_tokens=5)
+        flow = progress.engine._live[name][0].flow
+        progress.run(5)
+        assert not progress.engine.has_work
+        assert flow.service == charged
+
+
+def test_a_scored_prompt_that_is_preempted_goes_on_with_its_scores() -> None:
+    """What was reported already is computed again without a report: it was an empty one."""
+    progress = Progress(fake_engine(num_kv_blocks=16, max_batch_tokens=16))
+    prompt = [*range(60)]
+    progress.add("scored", prompt=prompt, prompt_logprobs=True, max_tokens=0)
+    progress.run(2)
+    progress.add("urgent", prompt=[3] * 63, max_tokens=1, priority=-1)
+    progress.run(10)
+    assert progress.swaps == 1
+    scores = progress.collector.scores["scored", 0]
+    assert [-entry.logprob for entry in scores] == prompt[1:]
 
 
 def test_urgent_requests_take_places_and_give_them_back() -> None:
@@ -206,13 +231,20 @@ def test_a_starving_class_does_not_hold_down_the_minimum_of_others() -> None:
 
 
 def test_memory_is_taken_from_who_has_most() -> None:
-    """A pool of two contexts: one tenant's many choices fill it, another's single one comes."""
+    """A pool of two contexts: one tenant's many choices fill it, then others come with one each.
+    They need more and more blocks, and all of these come from the many."""
     progress = Progress(fake_engine(num_kv_blocks=32))
-    progress.add("many", n=16, max_tokens=51, prompt=PROMPT)
+    progress.add("many", n=16, max_tokens=51)
     progress.run(8)
-    one = progress.add("one", max_tokens=40, prompt=[9] * 20)
-    progress.run(42)
-    assert progress.collector.tokens["one", 0] == fake_output(one, 0)
+    singles = [progress.add(name, max_tokens=30, prompt=[9] * 10) for name in ("one", "two")]
+    progress.run(4)
+    got = progress.over(20)
+    assert (got["one"], got["two"]) == (20, 20)
+    assert progress.engine.stats().preemptions > 0
+    progress.run(10)
+    for single in singles:
+        name = single.request_id
+        assert progress.collector.tokens[name, 0] == fake_output(single, 0)
     assert progress.tokens["many"] > 8 * 16
 
 
@@ -240,6 +272,63 @@ def test_a_step_swaps_only_a_few() -> None:
         progress.run(1)
         assert progress.swaps - before == done
     assert progress.over(5) == {"many": 30, **{f"t{i}": 5 for i in range(10)}}
+
+
+def random_request(rng: random.Random, name: str) -> GenerateRequest:
+    return request(
+        name,
+        [rng.randrange(3)] * rng.randint(1, 60),
+        n=rng.choice([1, 2, 12]),
+        max_tokens=rng.choice([1, 5, 20, 60]),
+        tenant=rng.choice("abcd"),
+        weight=rng.choice([0.01, 0.5, 1.0, 1.0, 3.0, 100.0]),
+        priority=rng.choice([0, 0, 1]),
+    )
+
+
+def check_first_advances(engine: Engine) -> None:
+    """A step, after which the one that was first has more computed, is done, or gave way to one
+    that went before it and waited."""
+    scheduler = engine._scheduler
+    first = min(scheduler.running, key=admission_key, default=None)
+    if first is not None:
+        key, computed = admission_key(first), first.num_computed
+        waiting_key = admission_key(scheduler.waiting.peek()) if scheduler.waiting else None
+    engine.step()
+    engine.check_integrity()
+    if first is None or first.index not in engine._live.get(first.request_id, {}):
+        return
+    if not first.running or first.num_computed == computed:
+        assert waiting_key is not None
+        assert waiting_key < key
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    turn=st.sampled_from([1, 4, 32]),
+    num_kv_blocks=st.integers(16, 24),
+    max_num_seqs=st.integers(1, 10),
+    max_batch_tokens=st.integers(10, 40),
+)
+def test_the_first_in_order_always_advances(
+    seed: int, turn: int, num_kv_blocks: int, max_num_seqs: int, max_batch_tokens: int
+) -> None:
+    """Unless one that goes before it takes its place. Turns are short here, so that they come."""
+    rng = random.Random(seed)
+    engine = fake_engine(
+        num_kv_blocks=num_kv_blocks, max_num_seqs=max_num_seqs, max_batch_tokens=max_batch_tokens
+    )
+    engine._runner.run = same_token
+    num_added = rng.randint(2, 12)
+    with patch("nanogpt.engine.fairness.TURN_TOKENS", turn):
+        for i in range(num_added):
+            engine.add(random_request(rng, f"r{i}"))
+            for _ in range(rng.randrange(4) if i + 1 < num_added else 20_000):
+                if not engine.has_work:
+                    break
+                check_first_advances(engine)
+    assert not engine.has_work
 
 
 # The parts
@@ -325,9 +414,8 @@ def test_a_million_names_are_not_kept() -> None:
 
 def test_a_flow_takes_the_place_of_another_only_with_a_reason() -> None:
     def flow(service: float, weight: float = 1.0, priority: int = 0) -> Flow:
-        made = SimpleNamespace(tenant="", priority=priority, weight=weight)
-        new = Flow(made.tenant, made.priority)
-        new.service, new.weight = service, cast(float, made.weight)
+        new = Flow("", priority)
+        new.service, new.weight = service, weight
         return new
 
     low, high = flow(0.0), flow(0.0)
