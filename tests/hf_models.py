@@ -30,11 +30,16 @@ def random_model(seed: int = 0, **config: Any) -> GPT2LMHeadModel:
     zero, positions hardly count, and the likeliest token is always the same."""
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(GPT2Config(**config)).eval()
+    std, width = model.config.initializer_range, model.config.n_embd
     for name, param in model.named_parameters():
         if param.dim() == 1:
             param.data += 0.1 * torch.randn_like(param)
-        else:
-            param.data *= 3 if "wte" in name else 50 if "wpe" in name else 5
+        elif "wte" in name:
+            param.data *= 3
+        elif "wpe" in name:
+            param.data *= 50
+        else:  # more would make rounding errors grow from layer to layer
+            param.data *= 1 / (std * width**0.5)
     return model
 
 
