@@ -24,6 +24,7 @@ from nanogpt.engine.attention import (
 )
 from nanogpt.engine.cpu.backend import CPUBackend
 from nanogpt.engine.cpu.library import load_kernels
+from nanogpt.engine.cpu.plain import TiledBackend
 from nanogpt.model.gpt import GPTConfig
 
 BLOCK = 16
@@ -31,7 +32,8 @@ CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 needs_kernels = pytest.mark.skipif(not load_kernels(), reason="the C++ kernels are not built")
-BACKENDS = [TorchBackend(), pytest.param(CPUBackend(), marks=needs_kernels)]
+EXACT = [TiledBackend(), pytest.param(CPUBackend(), marks=needs_kernels)]
+BACKENDS = [TorchBackend(), *EXACT]
 few = settings(max_examples=15, deadline=None)
 
 
@@ -167,26 +169,26 @@ def test_agrees_with_the_definition(
         )
 
 
-@needs_kernels
+@pytest.mark.parametrize("backend", EXACT, ids=lambda b: b.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @few
 @given(
-    lengths=st.lists(st.integers(1, 100), min_size=1, max_size=5),
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=4),
     head_size=st.sampled_from([32, 40, 64, 128]),
     seed=st.integers(0, 999),
 )
-def test_kernel_is_the_same_to_the_bit_in_any_batch_chunk_and_placement(
-    dtype: torch.dtype, lengths: list[int], head_size: int, seed: int
+def test_a_row_is_the_same_to_the_bit_in_any_batch_chunk_and_placement(
+    backend: AttentionBackend, dtype: torch.dtype, lengths: list[int], head_size: int, seed: int
 ) -> None:
     rng = random.Random(seed)
     texts = [Text.random(n, 2, head_size, dtype, seed + i) for i, n in enumerate(lengths)]
     alone: list[Step] = [[(i, p, p + 1)] for i, n in enumerate(lengths) for p in range(n)]
     with threads(1):
-        expected = attend_all(CPUBackend(), texts, paged(lengths, rng), alone)
+        expected = attend_all(backend, texts, paged(lengths, rng), alone)
     for count in (1, 2, 4):
-        steps = chunked(lengths, rng, rng.choice([3, 20, 100]))
+        steps = chunked(lengths, rng, rng.choice([3, 20, 70]))
         with threads(count):
-            assert_same(attend_all(CPUBackend(), texts, paged(lengths, rng), steps), expected)
+            assert_same(attend_all(backend, texts, paged(lengths, rng), steps), expected)
 
 
 @needs_kernels
@@ -313,9 +315,9 @@ def test_metadata_places_every_row() -> None:
     assert (bare.host_counts, bare.host_max_keys) == ([4, 1], 18)
 
 
-def test_torch_backend_serves_what_the_kernel_cannot() -> None:
-    assert select_backend(CPU, torch.float64, BLOCK).name == "torch"
-    assert select_backend(CPU, torch.float32, 8).name == "torch"
+def test_plain_torch_serves_what_the_kernel_cannot() -> None:
+    assert select_backend(CPU, torch.float64, BLOCK).name == "torch-tiled"
+    assert select_backend(CPU, torch.float32, 8).name == "torch-tiled"
     with pytest.raises(ValueError, match="multiple of 16"):
         allocate_kv_cache(GPTConfig(), 1, 8, torch.float32, backend=CPUBackend())
 

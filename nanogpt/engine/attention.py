@@ -7,9 +7,9 @@ sequence up to itself, found through the sequence's block table:
     rows        a5 a6 a7 | b42 | c0 c1        positions   5 6 7 42 0 1
     sequence_of  0  0  0     1    2  2        slots       block_table[p // bs] * bs + p % bs
 
-One algorithm serves prefill and decode, because a token is the same token in both. With the C++
-kernel (nanogpt/engine/cpu) a row's answer is the same to the bit in whatever batch, chunk or
-blocks it is computed. The torch backend agrees to rounding only.
+One algorithm serves prefill and decode, because a token is the same token in both. On a CPU a row's
+answer is the same to the bit in whatever batch, chunk or blocks it is computed: with the C++ kernel
+(nanogpt/engine/cpu), and more slowly with plain torch. On other devices it is to rounding only.
 """
 
 from collections.abc import Sequence
@@ -143,8 +143,7 @@ class TorchBackend:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, key: Tensor, value: Tensor, meta: AttentionMetadata
     ) -> Tensor:
-        key.flatten(0, 1).index_copy_(0, meta.slots, k)
-        value.flatten(0, 1).index_copy_(0, meta.slots, v)
+        self.write(k, v, key, value, meta)
         counts = meta.host_counts
         if max(counts) == 1:
             return self._attend_single(q, key, value, meta, slice(None), meta.host_max_keys)
@@ -159,6 +158,11 @@ class TorchBackend:
                 rows_of_one = slice(end - count, end)
                 out[rows_of_one] = self._attend_chunk(q, key, value, meta, rows_of_one)
         return out
+
+    @staticmethod
+    def write(k: Tensor, v: Tensor, key: Tensor, value: Tensor, meta: AttentionMetadata) -> None:
+        key.flatten(0, 1).index_copy_(0, meta.slots, k)
+        value.flatten(0, 1).index_copy_(0, meta.slots, v)
 
     def _attend_single(
         self,
@@ -201,10 +205,12 @@ class TorchBackend:
 
 def select_backend(device: torch.device, dtype: torch.dtype, block_size: int) -> AttentionBackend:
     """The best backend for this device, type and block size. Chosen once, with the cache."""
-    from nanogpt.engine.cpu import backend, library
+    if device.type != "cpu":
+        return TorchBackend()
+    from nanogpt.engine.cpu import backend, library, plain
 
-    fits = device.type == "cpu" and dtype in backend.DTYPES and block_size % backend.TILE == 0
-    return backend.CPUBackend() if fits and library.load_kernels() else TorchBackend()
+    fits = dtype in backend.DTYPES and block_size % backend.TILE == 0
+    return backend.CPUBackend() if fits and library.load_kernels() else plain.TiledBackend()
 
 
 @dataclass

@@ -45,12 +45,15 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._post[0]}"
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, self.in_features)  # (N, in)
-        rows = len(flat)
-        if extra := padded_rows(rows) - rows:
-            flat = F.pad(flat, (0, 0, 0, extra))
-        y = torch.ops.mkldnn._linear_pointwise(flat, self._weight, self._bias, *self._post)
-        return y[:rows].view(*x.shape[:-1], self.out_features)
+        rows = x.numel() // self.in_features
+        extra = padded_rows(rows) - rows
+        if not extra:
+            return self._product(x)
+        flat = F.pad(x.reshape(rows, self.in_features), (0, 0, 0, extra))
+        return self._product(flat)[:rows].view(*x.shape[:-1], self.out_features)
+
+    def _product(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, *self._post)
 
 
 def can_pack(dtype: torch.dtype) -> bool:
