@@ -115,6 +115,18 @@ def test_a_key_sees_only_its_models(cluster):
     assert client.get("/tokenizer_info", headers=bearer(KEY)).status_code == 200
 
 
+def test_only_an_admin_key_goes_before_everybody_else(client):
+    """A priority below 0 preempts the choices of all others."""
+
+    def ask(key, priority):
+        body = {"model": NAME, "priority": priority}
+        return client.post("/v1/completions", json=body, headers=bearer(key))
+
+    assert_error(ask(KEY, -1), 400, param="priority")
+    assert ask(KEY, 1).status_code == 200
+    assert ask(ADMIN_KEY, -1).status_code == 200
+
+
 def test_an_alias_is_a_name_of_the_model(client, cluster):
     assert complete(client, bearer(KEY), model="fake").json["model"] == NAME
     assert client.get("/v1/models/fake/old-name", headers=bearer(KEY)).json["id"] == NAME

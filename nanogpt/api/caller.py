@@ -3,10 +3,11 @@
 import hashlib
 from collections.abc import Mapping
 
+from nanogpt.admission_config import ANONYMOUS
 from nanogpt.api.admission import Admission, Principal, Ticket
 from nanogpt.api.admission.subject import clean_user
 from nanogpt.api.plan import Plan
-from nanogpt.errors import ApiError
+from nanogpt.errors import ApiError, InvalidRequest
 from nanogpt.registry import ModelInfo
 
 
@@ -47,9 +48,16 @@ class Caller:
         """Those that the key may use."""
         return {name: info for name, info in models.items() if self._known.may_use(name)}
 
-    def precheck(self, user: str | None, model: str) -> None:
-        """Before any work is done. Raises Banned, RateLimited, ModelNotFound, Unavailable."""
+    def precheck(self, user: str | None, model: str, priority: int) -> None:
+        """Before any work is done. Raises Banned, RateLimited, ModelNotFound, Unavailable, and
+        InvalidRequest for a priority before everybody else's (it preempts their choices)."""
         self.user = user
+        if priority < 0 and self.name != ANONYMOUS and not self._known.admin:
+            raise InvalidRequest(
+                "priority below 0 goes before everybody else's and needs an admin key; "
+                "use 0, or more to go after them",
+                param="priority",
+            )
         self._admission.precheck(self._known, user=user, request_id=self._request_id, model=model)
 
     def admit(self, plan: Plan) -> Ticket:

@@ -115,6 +115,11 @@ class _ClusterCollector(Collector):
             "preemptions": CounterMetricFamily(
                 "nanogpt_engine_preemptions", "Choices put back for want of blocks.", labels=labels
             ),
+            "fair_preemptions": CounterMetricFamily(
+                "nanogpt_engine_fair_preemptions",
+                "Choices put back in favour of another user's.",
+                labels=labels,
+            ),
             "steps": CounterMetricFamily("nanogpt_engine_steps", "Engine steps.", labels=labels),
         }
         for rank, models in sorted(self._cluster.stats().items()):

@@ -151,7 +151,11 @@ class CompletionRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     ] = False
     priority: Annotated[
         int,
-        Meta(ge=-(2**31), le=2**31 - 1, description="a 32-bit integer; a lower one runs earlier"),
+        Meta(
+            ge=-(2**31),
+            le=2**31 - 1,
+            description="a 32-bit integer; a lower one runs earlier, below 0 with an admin key",
+        ),
     ] = 0
     background: Annotated[
         bool, Meta(description="false: background completions are not available here")

@@ -113,7 +113,7 @@ class Service:
         request = parse_completion(body, content_type)
         models = self._cluster.models()
         name = real_name(models, request.model, self._cards)
-        caller.precheck(request.user, name)
+        caller.precheck(request.user, name, request.priority)
         info = find_model(caller.visible(models), name)
         tokenizer = self._cluster.tokenizer(info.name)
         with ExitStack() as undo:
