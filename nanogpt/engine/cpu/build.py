@@ -5,6 +5,7 @@ plain torch, so that is no error. Nothing is ever compiled while serving.
 """
 
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -24,6 +25,8 @@ def build() -> Path:
     from torch.utils import cpp_extension
 
     target.parent.mkdir(exist_ok=True)
+    # ninja is installed beside this Python, which may not be on the path.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         # OpenMP's pragmas without its library: the symbols are those that torch has loaded.
         cpp_extension.load(
@@ -38,8 +41,8 @@ def build() -> Path:
 
 
 def main() -> None:
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    if not library_path().exists() and shutil.which(compiler) is None:
         print(f"CPU kernels: not built, there is no {compiler}; plain torch will do, more slowly")
         return
     try:
