@@ -28,6 +28,12 @@ needs_packing = pytest.mark.skipif(
 needs_kernels = pytest.mark.skipif(not load_kernels(), reason="the C++ kernels are not built")
 BLOCK = 16
 SHAPES = [(384, 1152), (384, 384), (1536, 384), (128, 512), (512, 128), (128, 65), (768, 2304)]
+# GPT-2's own, from small to xl, and the vocabulary with and without padding.
+GPT2_SHAPES = [
+    *((c * k, c * n) for c in (768, 1024, 1280, 1600) for k, n in ((1, 3), (1, 1), (1, 4), (4, 1))),
+    (768, 50304),
+    (768, 50257),
+]
 
 
 def small_gpt(
@@ -71,7 +77,10 @@ def test_agrees_with_linear_and_gelu(shape: tuple[int, ...], gelu: str | None, b
 
 
 @needs_packing
-@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+@pytest.mark.parametrize(
+    ("inputs", "outputs"),
+    [*SHAPES, *(pytest.param(*shape, marks=pytest.mark.large) for shape in GPT2_SHAPES)],
+)
 @torch.inference_mode()
 def test_a_row_is_the_same_to_the_bit_among_any_others(inputs: int, outputs: int) -> None:
     torch.manual_seed(2)
