@@ -11,7 +11,7 @@ TILE = 16  # keys side by side in the key cache: one AVX-512 register of floats
 
 
 class CPUBackend:
-    """Paged attention in C++ (see attention.cpp): rows are the same to the bit in every batch."""
+    """Paged attention in C++ (see attention.h): rows are the same to the bit in every batch."""
 
     name = "cpu"
 
@@ -27,7 +27,7 @@ class CPUBackend:
         if block_size % TILE:
             raise ValueError(f"block_size {block_size} is not a multiple of {TILE}")
         padded = -(-config.head_size // TILE) * TILE
-        # In memory a head's blocks are neighbours; see attention.cpp. Nothing reads a slot that
+        # In memory a head's blocks are neighbours; see attention.h. Nothing reads a slot that
         # was never written, so the system hands out each page when it is first used.
         heads = (config.n_layer, config.n_head, num_blocks, block_size // TILE)
         keys = torch.empty(*heads, config.head_size, TILE, dtype=dtype, device=device)

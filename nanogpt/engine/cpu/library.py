@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
-SOURCES = [FOLDER / name for name in ("attention.cpp", "tiles.h", "vec.h", "build.py")]
+SOURCES = [
+    FOLDER / name for name in ("attention.cpp", "attention.h", "tiles.h", "vec.h", "build.py")
+]
 
 
 def _cpu_features() -> str:
