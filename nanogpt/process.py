@@ -55,14 +55,14 @@ def keep_freed_memory() -> None:
 
 
 def spin_briefly() -> None:
-    """Have idle OpenMP threads sleep almost at once instead of spinning. Call before torch.
+    """Have idle OpenMP threads spin for tens of microseconds only. Call before torch is imported.
 
-    The default spins for milliseconds between products: when anything else wants the core, the
-    others wait for a thread that does not run. Measured beside one busy process on two cores:
-    a step of 60 to 140 ms becomes one of 24.
+    The default spins for milliseconds between products: when anything else wants the core (the
+    front end does), the others wait for a thread that does not run. Not to spin at all costs a
+    wake-up for each product of a small model. Figures in dev/LOG.md, "Spinning OpenMP threads".
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 
 def available_memory() -> int:
