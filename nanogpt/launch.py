@@ -25,6 +25,7 @@ from nanogpt.rundir import RunDir
 
 log = logging.getLogger("launch")
 
+GIB = 2**30
 POLL_S = 0.05
 DRAIN_MARGIN_S = 5.0  # beyond drain_s, for the front end to notice and leave
 STOP_S = 5.0  # for torchrun to end its ranks; then they are killed
@@ -71,6 +72,20 @@ def check_port(host: str, port: int) -> None:
             raise StartupError(
                 f"can't listen on {host}:{port}: {error.strerror}; choose another with --port"
             ) from error
+
+
+def check_memory(config: ServeConfig, sources: Sequence[tuple[str, str]], ranks: int) -> None:
+    """Raises StartupError when this machine can't hold the weights. For ranks on the CPU: what a
+    GPU has free is known once torch runs there."""
+    # "auto" may become float32: refuse only what is too large in any case.
+    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
+    needed = ranks * sum(registry.estimate_memory(source, dtype) or 0 for _, source in sources)
+    free = process.available_memory()
+    if needed > free:
+        raise StartupError(
+            f"too little memory: {ranks} x the weights take {needed / GIB:.1f} GiB, and "
+            f"{free / GIB:.1f} GiB are free; use fewer ranks, fewer models or a smaller dtype"
+        )
 
 
 class Torchrun:
@@ -194,9 +209,13 @@ def main(argv: list[str]) -> int:
     config = options.parse_or_exit(argv)
     logging_setup.set_up(config.log_level, "launcher")
     try:
-        ranks = plan_ranks(config, count_gpus(os.environ))
-        for name, source in registry.sources(config.models):
+        gpus = count_gpus(os.environ) if config.device != "cpu" else 0
+        ranks = plan_ranks(config, gpus)
+        sources = registry.sources(config.models)
+        for name, source in sources:
             registry.check_source(name, source)
+        if not gpus:
+            check_memory(config, sources, ranks)
         run_dir = RunDir.open(config.host, config.port)
         if config.node_rank == 0:
             check_port(config.host, config.port)

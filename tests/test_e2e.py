@@ -212,6 +212,9 @@ def test_refusals_are_one_clear_line(server, tmp_path):
     assert "shakespeare-char" in refused("--model", "shakespear-char")
     assert "/none" in refused("--port", port, "--model", "x=/none")
     assert str(broken) in refused("--port", port, "--model", f"x={broken}")
+    tiny = tmp_path / "tiny.toml"
+    tiny.write_text("[engine]\nkv_memory_gib = 0.0001\n")
+    assert "too little memory" in refused("--port", port, "--config", str(tiny))
     typo = tmp_path / "typo.toml"
     typo.write_text("prot = 1\n")
     assert "port" in refused("--config", str(typo))

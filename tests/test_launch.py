@@ -10,7 +10,7 @@ import time
 import pytest
 
 from nanogpt import launch, process
-from nanogpt.config import ServeConfig
+from nanogpt.config import PROJECT, ServeConfig
 from nanogpt.errors import StartupError
 from nanogpt.ranks import Ranks
 from nanogpt.rundir import RunDir
@@ -33,6 +33,15 @@ def test_more_ranks_than_gpus_are_refused():
 @pytest.mark.parametrize(("visible", "count"), [("", 0), ("0,1,3", 3), ("-1", 0)])
 def test_visible_devices_count(visible, count):
     assert launch.count_gpus({"CUDA_VISIBLE_DEVICES": visible}) == count
+
+
+def test_weights_that_cannot_fit_are_refused(monkeypatch):
+    models = [("shakespeare-char", str(PROJECT / "nanogpt/weights/shakespeare-char"))]
+    config = ServeConfig(dtype="float32")
+    monkeypatch.setattr(process, "available_memory", lambda: 100 * 2**20)
+    launch.check_memory(config, models, ranks=2)  # 41 MiB each
+    with pytest.raises(StartupError, match=r"too little memory.*fewer ranks"):
+        launch.check_memory(config, models, ranks=3)
 
 
 def test_port_in_use_and_foreign_host_are_refused():

@@ -77,11 +77,17 @@ def load_engines(config: ServeConfig, ranks: Ranks) -> dict[str, Engine]:
     started = time.monotonic()
     device = choose_device(config, ranks)
     dtype = choose_dtype(config, device)
-    loaded = [
-        load_model(source, name, dtype=dtype, device=device)
-        for name, source in registry.sources(config.models)
-    ]
-    engines = _build(config, ranks, device, loaded)
+    try:
+        loaded = [
+            load_model(source, name, dtype=dtype, device=device)
+            for name, source in registry.sources(config.models)
+        ]
+        engines = _build(config, ranks, device, loaded)
+    except torch.OutOfMemoryError as error:
+        raise StartupError(
+            f"too little memory on {device} for {', '.join(config.models)} in {dtype}: serve fewer "
+            "models, use a smaller dtype, or set engine.kv_memory_gib lower"
+        ) from error
     for engine in engines.values():
         engine.warm_up()
     gc.collect()
