@@ -112,6 +112,13 @@ def test_usage_comes_last_in_a_stream(client):
         ({"prompt": "né"}, openai.BadRequestError, "é"),
         ({"extra_body": {"bogus": 1}}, openai.BadRequestError, "bogus"),
         ({"suffix": "x"}, openai.BadRequestError, "suffix"),
+        # Logits that leave no token were a 500: found by a schema-driven fuzzer.
+        ({"extra_body": {"repetition_penalty": 5e-324}}, openai.BadRequestError, "repetition"),
+        (
+            {"extra_body": {"min_tokens": 1, "stop_token_ids": list(range(65))}},
+            openai.BadRequestError,
+            "stop_token_ids",
+        ),
     ],
 )
 def test_bad_requests_say_what_is_wrong(client, params, kind, word):

@@ -98,7 +98,7 @@ REFUSED = [
     ("user", ["u" * 257, 5]),
     ("top_k", [-2, 1.5]),
     ("min_p", [-0.1, 1.1]),
-    ("repetition_penalty", [0, -1, 101]),
+    ("repetition_penalty", [0, 5e-324, -1, 101]),
     ("min_tokens", [-1, 17]),  # max_tokens is 16
     ("ignore_eos", [1]),
     ("stop_token_ids", [[-1], ["a"], 5]),

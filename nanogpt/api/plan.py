@@ -71,6 +71,7 @@ def make_plan(
     """
     check_ids(request.logit_bias, info, "logit_bias")
     check_ids(request.stop_token_ids, info, "stop_token_ids")
+    _check_some_token_left(request, info)
     texts, prompts = _prompts(request, info, tokenizer)
     for prompt in prompts:
         _check_length(len(prompt), request.max_tokens, info)
@@ -91,6 +92,17 @@ def make_plan(
         fingerprint=system_fingerprint(info),
         created=int(clock()),
     )
+
+
+def _check_some_token_left(request: CompletionRequest, info: ModelInfo) -> None:
+    """min_tokens bars the stop tokens: that must not be all there are."""
+    barred = {*request.stop_token_ids, info.eos_token_id} - {None}
+    if request.min_tokens and len(barred) == info.vocab_size:
+        raise InvalidRequest(
+            "stop_token_ids names every token of the model, so min_tokens leaves none to generate; "
+            "name fewer, or leave min_tokens out",
+            param="stop_token_ids",
+        )
 
 
 def _sampling_params(request: CompletionRequest) -> SamplingParams:

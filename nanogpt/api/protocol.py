@@ -129,7 +129,7 @@ class CompletionRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         Meta(ge=0, le=1, description="a number from 0 to 1: least probability, over the largest"),
     ] = 0.0
     repetition_penalty: Annotated[
-        float, Meta(gt=0, le=100, description="a number above 0 up to 100; 1: none")
+        float, Meta(ge=0.01, le=100, description="a number from 0.01 to 100; 1: none")
     ] = 1.0
     min_tokens: Annotated[
         int,
