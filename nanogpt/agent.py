@@ -1,5 +1,6 @@
 """torchrun, with its end said in one line instead of a traceback. Options are torchrun's own."""
 
+import logging
 import sys
 
 from torch.distributed import run
@@ -9,6 +10,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 def main() -> int:
     """Exit code 0 after a signal, 1 when the ranks could not be kept alive."""
+    # A restart is said by the rank that died (an error) and by the front end.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
     try:
         run.main()
     except SignalException:

@@ -118,7 +118,6 @@ class Torchrun:
         }
         if config.nnodes == 1:
             self._environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        self._environ.setdefault("LOGLEVEL", "ERROR")  # torchrun's own; ours is log_level
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:

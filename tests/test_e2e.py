@@ -3,6 +3,7 @@
 import concurrent.futures
 import signal
 import subprocess
+import threading
 import time
 
 import httpx
@@ -154,6 +155,32 @@ def test_a_client_that_leaves_cancels_its_work(server, client):
     wait_until(lambda: running(server) > 0)
     stream.close()
     wait_until(lambda: running(server) == 0)
+
+
+def test_many_choices_of_one_user_do_not_starve_another():
+    """Eight places, all taken by one user's 64 choices: another's single one gets through at once,
+    and the first goes on meanwhile."""
+    with serving(environ={"NANOGPT_ENGINE_MAX_NUM_SEQS": "8"}) as server:
+        client = server.client()
+        many = complete(client, n=64, max_tokens=60, user="many", stream=True)
+        progress = [0]
+        finished = threading.Event()
+
+        def follow() -> None:
+            for _ in many:
+                progress.append(progress[-1] + 1)
+            finished.set()
+
+        reader = threading.Thread(target=follow)
+        reader.start()
+        wait_until(lambda: progress[-1] > 50)
+        before = progress[-1]
+        chunks = list(complete(client, max_tokens=20, user="one", stream=True))
+        assert "".join(c.choices[0].text for c in chunks if c.choices)
+        assert not finished.is_set()  # 3,840 tokens, eight at a time, are far from done
+        wait_until(lambda: progress[-1] > before)
+        wait_until(finished.is_set, 120)
+        reader.join()
 
 
 def test_killed_rank_comes_back_and_the_request_goes_on(server, client):
