@@ -26,7 +26,6 @@ def serve(config: ServeConfig, ranks: Ranks, run_dir: RunDir, keeper: FrontEndKe
     """Load everything, then turn the loop until a signal ends this process."""
     # Importing torch takes two seconds; the front end starts meanwhile.
     from nanogpt.cluster.lead import Lead
-    from nanogpt.cluster.messages import Decoder, Frame
     from nanogpt.cluster.process_group import open_group
     from nanogpt.cluster.rank_loop import RankLoop
     from nanogpt.cluster.transport import ControlLink
@@ -36,12 +35,10 @@ def serve(config: ServeConfig, ranks: Ranks, run_dir: RunDir, keeper: FrontEndKe
     engines = load_engines(config, ranks)
     lead = None
     if ranks.rank == 0:
-        hello = Lead.hello(
-            ranks.world_size, config.nnodes, tuple(engine.info for engine in engines.values())
-        )
+        hello = Lead.hello(ranks.world_size, tuple(e.info for e in engines.values()))
         control = ControlLink(run_dir.control)
         lead = Lead(control, broadcast, keeper, hello, config.cluster.heartbeat_s)
-    loop = RankLoop(ranks, engines, broadcast, lead, Decoder(Frame), config.cluster.heartbeat_s)
+    loop = RankLoop(ranks, engines, broadcast, lead, config.cluster.heartbeat_s)
     while True:
         loop.turn()
 
@@ -50,13 +47,14 @@ def main(argv: list[str]) -> int:
     config = options.parse_or_exit(argv)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the launcher's
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's: leave at once, whatever runs
+    run_dir = None
     try:
+        run_dir = RunDir.open(config.host, config.port)
         ranks = Ranks.from_environment(os.environ, config.node_rank)
         process.die_with_parent(os.getppid())
         process.keep_freed_memory()
         process.spin_briefly()
         logging_setup.set_up(config.log_level, f"rank {ranks.rank}")
-        run_dir = RunDir.open(config.host, config.port)
         owner = int(os.environ.get(OWNER_VARIABLE, os.getppid()))
         keeper = FrontEndKeeper(run_dir, argv, owner)
         if ranks.rank == 0:
@@ -64,7 +62,8 @@ def main(argv: list[str]) -> int:
         serve(config, ranks, run_dir, keeper)
     except StartupError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        RunDir.open(config.host, config.port).set_fatal(str(error))
+        if run_dir is not None:
+            run_dir.set_fatal(str(error))
         return 2
     return 0
 

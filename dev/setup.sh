@@ -39,7 +39,7 @@ if [ ! -e "$stamp" ]; then
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
         --constraint constraints.txt --editable ".${extra:+[$extra]}" \
         || fail "the dependencies could not be installed; see above"
-    "$venv/bin/python" -m compileall -q -j 0 nanogpt ./*.py || true
+    "$venv/bin/python" -m compileall -q -j 0 nanogpt ./*.py
     date >"$stamp"
 fi
 

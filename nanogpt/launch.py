@@ -202,6 +202,7 @@ class Launcher:
         self._torchrun.stop()
         for pidfd in process.descendants(os.getpid()):
             process.kill(pidfd)
+            os.close(pidfd)
 
 
 def main(argv: list[str]) -> int:

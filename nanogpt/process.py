@@ -1,5 +1,6 @@
 """What the operating system can do for a process of the cluster. Linux only."""
 
+import contextlib
 import ctypes
 import os
 import select
@@ -99,30 +100,38 @@ def _number(path: str) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def kill(pidfd: int) -> None:
-    """SIGKILL the process behind the descriptor, if it still is there, and close the descriptor."""
+def open_pidfd(pid: int) -> int | None:
+    """A descriptor of the process, whatever becomes of its pid; None when it is gone."""
     try:
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        return os.pidfd_open(pid)
     except ProcessLookupError:
-        pass  # it has ended: that is what was wanted
-    finally:
-        os.close(pidfd)
+        return None
+
+
+def has_ended(pidfd: int, timeout_s: float = 0.0) -> bool:
+    """Whether the process has ended, or ends within `timeout_s`."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))
+
+
+def kill(pidfd: int) -> None:
+    """SIGKILL the process, if it still is there."""
+    with contextlib.suppress(ProcessLookupError):  # it has ended: that is what was wanted
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
 def terminate(pid: int, timeout_s: float) -> None:
     """SIGTERM, then SIGKILL to its whole process group when it has not ended in time."""
-    try:
-        pidfd = os.pidfd_open(pid)
-    except ProcessLookupError:
+    pidfd = open_pidfd(pid)
+    if pidfd is None:
         return
-    group = os.getpgid(pid)
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
     try:
+        group = os.getpgid(pid)
         signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-        if not poll.poll(timeout_s * 1000):
+        if not has_ended(pidfd, timeout_s):
             os.killpg(group, signal.SIGKILL)
-            poll.poll(1000)
+            has_ended(pidfd, 1.0)
     except ProcessLookupError:
         pass  # it ended between two calls
     finally:
@@ -146,8 +155,6 @@ def descendants(pid: int) -> list[int]:
     while queue:
         for child in children.get(queue.pop(), []):
             queue.append(child)
-            try:
-                found.append(os.pidfd_open(child))
-            except ProcessLookupError:
-                continue
+            if (pidfd := open_pidfd(child)) is not None:
+                found.append(pidfd)
     return found

@@ -247,7 +247,7 @@ class Workers:
         self.epoch = 0
 
     def join(self) -> None:
-        self.control.send(Hello(PROTOCOL_VERSION, self.world_size, 1, (INFO,), 1))
+        self.control.send(Hello(PROTOCOL_VERSION, self.world_size, (INFO,), 1))
         welcome = self.receive(Welcome)
         self.epoch = welcome.epoch
         for rank in range(self.world_size):

@@ -20,7 +20,7 @@ _HEADER = struct.Struct("<I")
 _ROOM = FRAME_BYTES - _HEADER.size
 
 # A timeout closes gloo's connections for good, and an idle group may wait for ever: silence is
-# the watchdog's business (see supervision in the front end), not gloo's.
+# the front end's business (see watch.py), not gloo's.
 GROUP_TIMEOUT = timedelta(days=365)
 
 

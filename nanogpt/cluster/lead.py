@@ -42,8 +42,8 @@ class Lead:
         control.send(hello)
 
     @staticmethod
-    def hello(world_size: int, nnodes: int, models: tuple[ModelInfo, ...]) -> Hello:
-        return Hello(PROTOCOL_VERSION, world_size, nnodes, models, os.getpid())
+    def hello(world_size: int, models: tuple[ModelInfo, ...]) -> Hello:
+        return Hello(PROTOCOL_VERSION, world_size, models, os.getpid())
 
     def turn(self, timeout_ms: int) -> None:
         """Queue for broadcast what has come, after waiting up to `timeout_ms` for something."""
@@ -59,8 +59,7 @@ class Lead:
             elif message.epoch == self._epoch:
                 commands.append(message)
         now = time.monotonic()
-        due = now - self._last_beat >= self._heartbeat_s
-        if due:
+        if now - self._last_beat >= self._heartbeat_s:
             self._last_beat = now
             self._control.send(Alive(self._epoch))
         if commands:

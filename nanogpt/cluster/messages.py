@@ -44,7 +44,6 @@ class Hello(Message, frozen=True):
 
     version: int
     world_size: int
-    nnodes: int
     models: tuple[ModelInfo, ...]
     pid: int
 
@@ -95,13 +94,13 @@ FromRankZero = Hello | Alive
 
 
 class Frame(Message, frozen=True):
-    """One broadcast from rank 0: all that was queued, in order; empty as a heartbeat.
+    """One broadcast from rank 0: all that was queued, in order.
 
     The epoch of the group changes with a Welcome among the commands.
     """
 
     tick: int
-    commands: tuple[Welcome | Submit | Cancel, ...] = ()
+    commands: tuple[Welcome | Submit | Cancel, ...]
 
 
 # Every rank to the front end

@@ -42,11 +42,11 @@ class RankLoop:
         engines: Mapping[str, Engine],
         broadcast: Broadcast,
         lead: Lead | None,
-        decode: Decoder[Frame],
         heartbeat_s: float,
     ) -> None:
         self._ranks, self._engines, self._broadcast = ranks, engines, broadcast
-        self._lead, self._decode, self._heartbeat_s = lead, decode, heartbeat_s
+        self._lead, self._heartbeat_s = lead, heartbeat_s
+        self._decode: Decoder[Frame] = Decoder(Frame)
         self._epoch = 0
         self._link: EventLink | None = None
         self._heart: Heart | None = None

@@ -6,38 +6,11 @@ alive to torchrun; but its beats stop, or say that its loop no longer turns.
 
 import logging
 import os
-import select
-import signal
 from collections.abc import Callable
-from typing import NamedTuple
+
+from nanogpt import process
 
 log = logging.getLogger(__name__)
-
-
-class _Rank(NamedTuple):
-    node: int
-    pid: int
-    pidfd: int | None  # only of a process on this node: never the wrong one, whatever pids do
-
-
-def _open(pid: int) -> int | None:
-    try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:
-        return None
-
-
-def _has_ended(pidfd: int) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
-
-
-def _kill(pidfd: int) -> None:
-    try:
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    except ProcessLookupError:
-        log.debug("the process was gone already")
 
 
 class Watch:
@@ -49,30 +22,29 @@ class Watch:
         watchdog_s: float,
         stuck_s: float,
         node: int = 0,
-        open_pid: Callable[[int], int | None] = _open,
-        has_ended: Callable[[int], bool] = _has_ended,
-        kill: Callable[[int], None] = _kill,
+        open_pid: Callable[[int], int | None] = process.open_pidfd,
+        has_ended: Callable[[int], bool] = process.has_ended,
+        kill: Callable[[int], None] = process.kill,
     ) -> None:
         self._watchdog_s, self._stuck_s, self._node = watchdog_s, stuck_s, node
         self._open_pid, self._has_ended, self._kill = open_pid, has_ended, kill
-        self._ranks: dict[int, _Rank] = {}
+        self._pidfds: dict[int, int | None] = {}  # None: a process of another node
         self._heard: dict[int, float] = {}
         self._idle: dict[int, float] = {}
         self._given_up = False
 
     def begin(self) -> None:
         """A new epoch: forget the ranks of the old one."""
-        for rank in self._ranks.values():
-            if rank.pidfd is not None:
-                os.close(rank.pidfd)
-        self._ranks, self._heard, self._idle = {}, {}, {}
+        for pidfd in self._pidfds.values():
+            if pidfd is not None:
+                os.close(pidfd)
+        self._pidfds, self._heard, self._idle = {}, {}, {}
         self._given_up = False
 
     def join(self, rank: int, node: int, pid: int, now: float) -> None:
-        if rank in self._ranks:
+        if rank in self._pidfds:
             return
-        pidfd = self._open_pid(pid) if node == self._node else None
-        self._ranks[rank] = _Rank(node, pid, pidfd)
+        self._pidfds[rank] = self._open_pid(pid) if node == self._node else None
         self._heard[rank] = now
 
     def beat(self, rank: int, idle_s: float, now: float) -> None:
@@ -95,7 +67,7 @@ class Watch:
         if not hanging:
             return []
         self._given_up = True
-        if any(p is not None and self._has_ended(p) for _, _, p in self._ranks.values()):
+        if any(p is not None and self._has_ended(p) for p in self._pidfds.values()):
             return []  # a rank died: torchrun has noticed, and is ending the others
         for rank in hanging:
             log.error(
@@ -104,9 +76,9 @@ class Watch:
                 now - self._heard[rank],
                 self._idle.get(rank, 0.0),
             )
-            target = self._ranks[rank]
-            if target.pidfd is None:
-                target = self._ranks[0]
-            if target.pidfd is not None:
-                self._kill(target.pidfd)
+            target = self._pidfds[rank]
+            if target is None:
+                target = self._pidfds[0]
+            if target is not None:
+                self._kill(target)
         return hanging

@@ -13,6 +13,7 @@ from nanogpt.engine.attention import kv_bytes_per_block
 from nanogpt.engine.engine import Engine
 from nanogpt.engine.kv_cache import blocks_per_context
 from nanogpt.errors import StartupError
+from nanogpt.model.dtypes import DTYPES, fastest_dtype
 from nanogpt.model.load import LoadedModel, load_model
 from nanogpt.ranks import Ranks
 
@@ -41,24 +42,9 @@ def choose_device(config: ServeConfig, ranks: Ranks) -> torch.device:
     return device
 
 
-def _cpu_has_bfloat16() -> bool:
-    with open("/proc/cpuinfo") as file:
-        flags = next((line for line in file if line.startswith("flags")), "").split()
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
 def choose_dtype(config: ServeConfig, device: torch.device) -> torch.dtype:
     """What the weights are computed in: "auto" is the fastest that the device has in hardware."""
-    if config.dtype != "auto":
-        return {
-            "float32": torch.float32,
-            "bfloat16": torch.bfloat16,
-            "float16": torch.float16,
-        }[config.dtype]
-    if device.type == "cuda":
-        major, _ = torch.cuda.get_device_capability(device)
-        return torch.bfloat16 if major >= 8 else torch.float16
-    return torch.bfloat16 if _cpu_has_bfloat16() else torch.float32
+    return fastest_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
 
 
 def kv_budget(config: ServeConfig, ranks: Ranks, device: torch.device) -> int:

@@ -17,6 +17,20 @@ def given(tensor: Tensor) -> Reader:
     return lambda: tensor
 
 
+def outline(config: GPTConfig) -> tuple[GPT, dict[str, tuple[int, ...]]]:
+    """A model without memory, and the shapes of the tensors that fill it: the head is tied."""
+    with torch.device("meta"):
+        model = GPT(config)
+    return model, {name: tuple(t.shape) for name, t in model.state_dict().items() if name != TIED}
+
+
+def fill(model: GPT, weights: Mapping[str, Tensor]) -> GPT:
+    """The outlined model with these very tensors, in evaluation mode and without gradients."""
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.lm_head.weight = model.wte.weight
+    return model.eval().requires_grad_(False)
+
+
 def assemble(
     where: str,
     config: GPTConfig,
@@ -27,12 +41,15 @@ def assemble(
     """A model in evaluation mode with memory of its own, filled one tensor at a time.
 
     `readers` give the tensors by our names, perhaps transposed views of a mapped file: no more is
-    needed beyond the file than the model and one tensor. Raises CheckpointError, beginning with
-    `where`, for a tensor that is missing, extra, of another shape, or not of floating point.
+    needed beyond the file than the model and one tensor. A head of its own must be the embedding.
+    Raises CheckpointError, beginning with `where`, for a head that differs, or a tensor that is
+    missing, extra, of another shape, or not of floating point.
     """
-    with torch.device("meta"):
-        model = GPT(config)
-    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name != TIED}
+    readers = dict(readers)
+    head, wte = readers.pop(TIED, None), readers.get("wte.weight")
+    if head is not None and wte is not None and not _same(head(), wte()):
+        raise CheckpointError(f"{where}: {TIED} differs from wte.weight; they must be tied")
+    model, shapes = outline(config)
     if missing := sorted(shapes.keys() - readers.keys()):
         raise CheckpointError(f"{where} lacks the tensor {missing[0]} ({len(missing)} in all)")
     if extra := sorted(readers.keys() - shapes.keys()):
@@ -49,18 +66,16 @@ def assemble(
                 f"{where}: {name} is of {tensor.dtype}; quantised weights are not supported"
             )
         weights[name] = _own(tensor, dtype, device)
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.lm_head.weight = model.wte.weight
-    return model.eval().requires_grad_(False)
+    return fill(model, weights)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
 
 
 def _own(tensor: Tensor, dtype: torch.dtype, device: str | torch.device) -> Tensor:
     """A contiguous copy: the file may be written anew while the model is in use."""
-    moved = tensor.to(
-        device, dtype
-    )  # strides as they were, which is fast; then the right way round
-    return (
-        moved.clone(memory_format=torch.contiguous_format)
-        if moved is tensor
-        else moved.contiguous()
-    )
+    moved = tensor.to(device, dtype)  # strides as they were, which is fast; then the right way
+    if moved is tensor:
+        return moved.clone(memory_format=torch.contiguous_format)
+    return moved.contiguous()

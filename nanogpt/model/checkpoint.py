@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nanogpt.errors import CheckpointError
+from nanogpt.model.assemble import TIED, fill, outline
 from nanogpt.model.gpt import GPT, GPTConfig
 from nanogpt.registry import TokenizerSpec
 
@@ -82,7 +83,7 @@ def _write(
     weights = {
         name: tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in model.state_dict().items()
-        if name != "lm_head.weight"
+        if name != TIED
     }
     save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
     (directory / WEIGHTS).chmod(0o644)
@@ -161,17 +162,16 @@ def load(
     all processes on a machine share them through the page cache.
     """
     config, tokenizer = read_config(directory)
-    with torch.device("meta"):
-        model = GPT(config)
-    expected = {k: v.shape for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    weights = _read_weights(Path(directory) / WEIGHTS, expected, dtype, device)
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.lm_head.weight = model.wte.weight
-    return model.eval().requires_grad_(False), tokenizer
+    model, shapes = outline(config)
+    weights = _read_weights(Path(directory) / WEIGHTS, shapes, dtype, device)
+    return fill(model, weights), tokenizer
 
 
 def _read_weights(
-    path: Path, expected: Mapping[str, torch.Size], dtype: torch.dtype, device: str | torch.device
+    path: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    device: str | torch.device,
 ) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
@@ -179,10 +179,10 @@ def _read_weights(
             weights = {}
             for name, shape in expected.items():
                 weights[name] = file.get_tensor(name)
-                if weights[name].shape != shape:
+                if tuple(weights[name].shape) != shape:
                     raise CheckpointError(
                         f"{path}: {name} is {tuple(weights[name].shape)}, but {CONFIG} "
-                        f"asks for {tuple(shape)}: they are of different models"
+                        f"asks for {shape}: they are of different models"
                     )
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"can't read {path} ({error}): copy or export it again") from error

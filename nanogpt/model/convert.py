@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,13 +24,12 @@ from nanogpt import registry
 from nanogpt.bpe_files import read_bpe_files
 from nanogpt.errors import CheckpointError, StartupError
 from nanogpt.model import checkpoint
+from nanogpt.model.dtypes import DTYPES
 from nanogpt.model.gpt import GPT
 from nanogpt.model.huggingface import CONV1D
 from nanogpt.model.load import LoadedModel, load_model
 from nanogpt.registry import ModelInfo, TokenizerSpec
 from nanogpt.tokenizer import gpt2_files
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def write_ours(loaded: LoadedModel, directory: Path) -> None:

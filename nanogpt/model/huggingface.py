@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanogpt.bpe_files import has_bpe_files
 from nanogpt.errors import CheckpointError
-from nanogpt.model.assemble import TIED, Reader, assemble, given
+from nanogpt.model.assemble import Reader, assemble, given
 from nanogpt.model.gpt import GPT, GPTConfig
 from nanogpt.model.pickles import read_torch_file
 from nanogpt.registry import TokenizerSpec
@@ -180,7 +180,7 @@ def _transposed(read: Reader) -> Reader:
 
 
 def _our_names(file: Path, readers: dict[str, Reader]) -> dict[str, Reader]:
-    """By our names and the right way round, without masks and the tied head."""
+    """By our names and the right way round, without masks."""
     ours: dict[str, Reader] = {}
     for name, read in readers.items():
         name = name.removeprefix("transformer.")
@@ -189,7 +189,4 @@ def _our_names(file: Path, readers: dict[str, Reader]) -> dict[str, Reader]:
         if name in ours:
             raise CheckpointError(f"{file} has {name} twice, with and without 'transformer.'")
         ours[name] = _transposed(read) if CONV1D.fullmatch(name) else read
-    head = ours.pop(TIED, None)
-    if head is not None and "wte.weight" in ours and not torch.equal(head(), ours["wte.weight"]()):
-        raise CheckpointError(f"{file}: {TIED} differs from wte.weight; they must be tied")
     return ours

@@ -14,7 +14,7 @@ from nanogpt.model import checkpoint, hub, huggingface, nanogpt_ckpt
 from nanogpt.model.gpt import GPT
 from nanogpt.registry import ModelInfo, TokenizerSpec, is_hub_name
 
-GPT2_IDS, GPT2_END = 50257, 50256  # of GPT-2's own vocabulary
+GPT2_VOCAB_SIZE, GPT2_END = 50257, 50256  # of GPT-2's own vocabulary
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _vocabulary(spec: TokenizerSpec) -> tuple[int, int | None, int]:
     if spec.kind == "char":
         return len(spec.characters), None, max(0, spec.characters.find("\n"))
     if not spec.directory:
-        return GPT2_IDS, GPT2_END, GPT2_END
+        return GPT2_VOCAB_SIZE, GPT2_END, GPT2_END
     files = read_bpe_files(spec.directory)
     return files.n_vocab, files.end_of_text, files.end_of_text
 

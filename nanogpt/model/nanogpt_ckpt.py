@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.errors import CheckpointError
-from nanogpt.model.assemble import TIED, Reader, assemble, given
+from nanogpt.model.assemble import Reader, assemble, given
 from nanogpt.model.gpt import GPT, GPTConfig
 from nanogpt.model.huggingface import GPT2_IDS
 from nanogpt.model.pickles import read_plain_pickle, read_torch_file
@@ -64,14 +64,7 @@ def _readers(file: Path, state: dict[str, Any]) -> dict[str, Reader]:
             raise CheckpointError(f"{file}: {name} is not a tensor")
         if not (_MASK.fullmatch(name) and tensor.dim() == 4):
             tensors[name] = tensor
-    head = tensors.pop(TIED, None)
-    if head is not None and "wte.weight" in tensors and not _same(head, tensors["wte.weight"]):
-        raise CheckpointError(f"{file}: {TIED} differs from wte.weight; they must be tied")
     return {name: given(tensor) for name, tensor in tensors.items()}
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
 
 
 def _tokenizer(file: Path, config: GPTConfig, run: object) -> TokenizerSpec:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from nanogpt.data.dataset import Meta
 from nanogpt.errors import ConfigError
+from nanogpt.model.dtypes import DTYPES, fastest_dtype
 from nanogpt.model.gpt import GPT, GPTConfig
 from nanogpt.model.load import load_model
 from nanogpt.train.config import TrainConfig
@@ -42,21 +43,17 @@ def find_place(config: TrainConfig) -> Place:
         torch.cuda.set_device(device)
     if world_size > 1:
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return Place(device=device, dtype=_dtype(config.dtype, kind), rank=rank, world_size=world_size)
+    return Place(
+        device=device, dtype=_dtype(config.dtype, device), rank=rank, world_size=world_size
+    )
 
 
-def _dtype(name: str, device: str) -> torch.dtype:
-    if name != "auto":
-        if name == "float16" and device == "cpu":
-            raise ConfigError("float16 training needs a GPU: use 'auto', 'float32' or 'bfloat16'")
-        return getattr(torch, name)
-    if device == "cpu":
-        fast = torch.cpu._is_avx512_bf16_supported()  # elsewhere bfloat16 is emulated
-    else:
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    if fast:
-        return torch.bfloat16
-    return torch.float32 if device == "cpu" else torch.float16
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return fastest_dtype(device)
+    if name == "float16" and device.type == "cpu":
+        raise ConfigError("float16 training needs a GPU: use 'auto', 'float32' or 'bfloat16'")
+    return DTYPES[name]
 
 
 def build_model(config: TrainConfig, meta: Meta, place: Place) -> GPT:
