@@ -138,8 +138,8 @@ def terminate(pid: int, timeout_s: float) -> None:
         os.close(pidfd)
 
 
-def descendants(pid: int) -> list[int]:
-    """Open pidfds of all processes below `pid`; the caller closes them."""
+def pids_below(pid: int) -> list[int]:
+    """All processes below `pid`, parents before their children."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
@@ -150,11 +150,13 @@ def descendants(pid: int) -> list[int]:
         except (FileNotFoundError, ProcessLookupError):
             continue
         children.setdefault(parent, []).append(int(entry))
-    found: list[int] = []
-    queue = [pid]
-    while queue:
-        for child in children.get(queue.pop(), []):
-            queue.append(child)
-            if (pidfd := open_pidfd(child)) is not None:
-                found.append(pidfd)
-    return found
+    found = [pid]
+    for parent in found:
+        found += children.get(parent, [])
+    return found[1:]
+
+
+def descendants(pid: int) -> list[int]:
+    """Open pidfds of all processes below `pid`; the caller closes them."""
+    opened = map(open_pidfd, pids_below(pid))
+    return [pidfd for pidfd in opened if pidfd is not None]

@@ -52,8 +52,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         BASE | {"nanogpt.train", "nanogpt.data", "nanogpt.model"},
         {"numpy", "torch", "safetensors"},
     ),
+    "nanogpt.bench": (BASE | {"nanogpt.bench"}, set()),
     "nanogpt.admin": (BASE | {"nanogpt.api.admission"}, set()),
     "nanogpt.agent": (set(), {"torch"}),
+    "nanogpt.chaos": (BASE | {"nanogpt.chaos"}, set()),
     "nanogpt.launch": (BASE | {"nanogpt.cluster.keeper"}, set()),
     "rank_worker": (BASE | {"nanogpt.engine", "nanogpt.model", "nanogpt.cluster"}, set()),
     "frontend": (

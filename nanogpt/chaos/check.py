@@ -1,0 +1,180 @@
+"""The offline checker: from a history alone, whether the cluster kept its promises.
+
+- Every accepted request has exactly one terminal answer, equal to the oracle's in text, tokens,
+  finish_reason, usage and log probabilities; no stream misses, doubles or reorders a token.
+- Whoever is refused gets 429 or 503 with Retry-After, and only before the request was accepted.
+- A connection breaks only when the process that holds it was killed, and has seen nothing wrong.
+- The cluster recovers from every fault, ends with code 0, leaves no process behind, and its
+  processes don't grow.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from statistics import median
+from typing import Any, NamedTuple
+
+from nanogpt.chaos.faults import ABSENT, BREAKING
+from nanogpt.chaos.history import Asked, Ended, Expected, Fault, Line, Sample
+from nanogpt.chaos.merge import Disorder, merged, whole
+
+RACE_S = 1.0  # between a client's clock and the moment at which a fault takes effect
+CODES_503 = {"overloaded", "draining", "starting"}
+MIN_SAMPLES = 12  # of one process, to say anything about its growth
+GROWTH_MIB, GROWTH = 32.0, 0.15  # of memory between the second and the last quarter of its life
+GROWTH_FILES = 64
+
+
+class Books(NamedTuple):
+    """A history by kind of line."""
+
+    expected: dict[int, dict[str, Any]]  # by template: the normal form of the answer
+    asked: list[Asked]
+    faults: list[Fault]
+    samples: list[Sample]
+    ended: list[Ended]
+
+    @classmethod
+    def of(cls, lines: Iterable[Line]) -> "Books":
+        books = cls({}, [], [], [], [])
+        for line in lines:
+            if isinstance(line, Expected):
+                books.expected[line.template] = whole(line.answer)
+            elif isinstance(line, Asked):
+                books.asked.append(line)
+            elif isinstance(line, Fault):
+                books.faults.append(line)
+            elif isinstance(line, Sample):
+                books.samples.append(line)
+            else:
+                books.ended.append(line)
+        return books
+
+
+def violations(books: Books) -> list[str]:
+    """Everything that should not have happened, one sentence each; empty when all is well."""
+    found: list[str] = []
+    for asked in books.asked:
+        problem = _problem(asked, books)
+        if problem:
+            found.append(f"request {asked.number} ({asked.outcome}, {asked.status}): {problem}")
+    numbers = [asked.number for asked in books.asked]
+    if sorted(numbers) != list(range(len(numbers))):
+        found.append("the requests are not numbered one by one: some have no terminal answer")
+    for fault in books.faults:
+        if fault.problem:
+            found.append(f"fault {fault.number} ({fault.kind}): {fault.problem}")
+    if books.faults and books.faults[-1].healed is None:
+        found.append(f"no token after the last fault ({books.faults[-1].kind})")
+    return found + _growth(books.samples) + _end(books.ended)
+
+
+def _end(ended: list[Ended]) -> list[str]:
+    if len(ended) != 1:
+        return [f"the history has {len(ended)} ends: the run was cut off"]
+    found = []
+    if ended[0].crashed:
+        found.append(f"the run ended early: {ended[0].crashed}")
+    if ended[0].exit_code != 0:
+        found.append(f"the launcher ended with exit code {ended[0].exit_code}")
+    if ended[0].left_behind:
+        found.append(f"left behind: {'; '.join(ended[0].left_behind)}")
+    return found
+
+
+def _problem(asked: Asked, books: Books) -> str:
+    """What is wrong with one request's history, or nothing."""
+    if asked.outcome == "complete":
+        return _difference(asked, books.expected[asked.template], partly=False)
+    if asked.outcome == "left":
+        return _difference(asked, books.expected[asked.template], partly=True)
+    if asked.outcome == "refused":
+        return _refusal(asked, books.faults)
+    if asked.outcome == "unreachable":
+        if any(_sent_during(asked, f) or _broken_by(asked, f) for f in books.faults):
+            return ""
+        return f"no answer, though somebody listened: {asked.error}"
+    if asked.outcome == "broken":
+        if any(_broken_by(asked, fault) for fault in books.faults):
+            return _difference(asked, books.expected[asked.template], partly=True)
+        return f"the connection broke: {asked.error}"
+    last = asked.chunks[-1].data[:300] if asked.chunks else asked.error
+    return f"no proper end: {last}"
+
+
+def _sent_during(asked: Asked, fault: Fault) -> bool:
+    """Whether nobody listened when it was sent."""
+    end = float("inf") if fault.healed is None else fault.healed
+    return fault.kind in ABSENT and fault.at - RACE_S <= asked.sent <= end
+
+
+def _broken_by(asked: Asked, fault: Fault) -> bool:
+    """Whether the process that held its connection was killed."""
+    end = float("inf") if fault.healed is None else fault.healed
+    return fault.kind in BREAKING and asked.sent <= end and asked.ended >= fault.at - RACE_S
+
+
+def _refusal(asked: Asked, faults: list[Fault]) -> str:
+    if not (asked.retry_after or "").isdigit():
+        return f"Retry-After is {asked.retry_after!r}"
+    code = json.loads(asked.chunks[0].data)["error"]["code"]
+    if asked.status == 503 and code not in CODES_503:
+        return f"code {code!r}"
+    if code == "draining" and not any(_sent_during(asked, fault) for fault in faults):
+        return "it was accepted, and then refused since the server drained"
+    return ""
+
+
+def _difference(asked: Asked, want: dict[str, Any], *, partly: bool) -> str:
+    """How the answer differs from the oracle's. `partly`: it may end anywhere."""
+    try:
+        if asked.stream:
+            got = merged(chunk.data for chunk in asked.chunks)
+        elif asked.chunks:
+            got = whole(json.loads(asked.chunks[0].data))
+        else:
+            return ""  # broken before its only piece
+    except (Disorder, ValueError, KeyError) as error:
+        return f"no client can read this: {error!r}"
+    if partly:
+        return _prefix_difference(got["choices"], want["choices"])
+    for part in ("choices", "usage", "system_fingerprint"):
+        if got[part] != want[part]:
+            return f"{part} differ: {_excerpt(got[part], want[part])}"
+    return ""
+
+
+def _prefix_difference(got: dict[int, Any], want: dict[int, Any]) -> str:
+    for index, choice in got.items():
+        for part in ("text", "token_ids"):
+            if want[index][part][: len(choice[part])] != choice[part]:
+                return f"{part} of choice {index}: {_excerpt(choice[part], want[index][part])}"
+    return ""
+
+
+def _excerpt(got: Any, want: Any) -> str:
+    if isinstance(got, dict) and isinstance(want, dict) and got.keys() == want.keys():
+        for key, value in got.items():
+            if value != want[key]:
+                return f"{key}: {_excerpt(value, want[key])}"
+    return f"{str(got)[:200]!r} instead of {str(want)[:200]!r}"
+
+
+def _growth(samples: list[Sample]) -> list[str]:
+    """Processes whose memory or open files grow all their life."""
+    by_process: dict[tuple[str, int], list[Sample]] = defaultdict(list)
+    for sample in samples:
+        by_process[sample.role, sample.pid].append(sample)
+    found = []
+    for (role, pid), ones in by_process.items():
+        if len(ones) < MIN_SAMPLES:
+            continue
+        quarter = len(ones) // 4
+        early, late = ones[quarter : 2 * quarter], ones[-quarter:]
+        before, after = median(s.rss_mib for s in early), median(s.rss_mib for s in late)
+        if after - before > max(GROWTH_MIB, GROWTH * before):
+            found.append(f"{role} (pid {pid}) grew from {before:.0f} to {after:.0f} MiB")
+        files_before, files_after = median(s.files for s in early), median(s.files for s in late)
+        if files_after - files_before > GROWTH_FILES:
+            found.append(f"{role} (pid {pid}): {files_before} and then {files_after} open files")
+    return found

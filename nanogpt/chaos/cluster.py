@@ -1,0 +1,130 @@
+"""The cluster that a run breaks: started as an operator would, in a run directory of its own."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from nanogpt.chaos import processes
+from nanogpt.chaos.processes import Member
+from nanogpt.config import PROJECT
+
+READY_S = 180.0
+STOP_S = 90.0  # beyond the drain
+HOOKS = Path(__file__).with_name("hooks")
+_LOADED = re.compile(r" on cpu, ([\d.]+) s$", re.M)
+
+
+class ClusterError(Exception):
+    """The cluster did not come up, or did not go on."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class ChaosCluster:
+    """A launcher and everything below it."""
+
+    def __init__(self, ranks: int, directory: Path, settings: Mapping[str, str]) -> None:
+        self.port = free_port()
+        self.log = directory / "cluster.log"
+        self._mark = f"NANOGPT_RUN_DIR={directory / 'run'}"
+        self._command = [
+            *(sys.executable, "-m", "nanogpt.launch", "--device", "cpu"),
+            *("--port", str(self.port), "--ranks", str(ranks)),
+        ]
+        self._environ = {
+            **os.environ,
+            "NANOGPT_RUN_DIR": str(directory / "run"),
+            "NANOGPT_ADMISSION_STATE": ":memory:",
+            "PYTHONPATH": os.pathsep.join([str(HOOKS), os.environ.get("PYTHONPATH", "")]),
+            **settings,
+        }
+        self._launcher: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self._launcher = subprocess.Popen(
+                self._command,
+                cwd=PROJECT,
+                env=self._environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C ends the run first, and then the cluster
+            )
+
+    @property
+    def launcher(self) -> subprocess.Popen[bytes]:
+        assert self._launcher is not None
+        return self._launcher
+
+    def wait_ready(self, after_epoch: int = 0, timeout_s: float = READY_S) -> int:
+        """Wait for an epoch after this one, and return it. Raises ClusterError."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            code = self.launcher.poll()
+            if code is not None:
+                raise ClusterError(f"the launcher ended with {code}: see {self.log}")
+            epoch = self.epoch()
+            if epoch > after_epoch:
+                return epoch
+            time.sleep(0.02)
+        raise ClusterError(f"not ready after {timeout_s:.0f} s: see {self.log}")
+
+    def epoch(self) -> int:
+        """The epoch that takes requests; 0 when none does."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        try:
+            connection.request("GET", "/ready")
+            answer = json.loads(connection.getresponse().read())
+        except (OSError, http.client.HTTPException):
+            return 0
+        finally:
+            connection.close()
+        return int(answer["epoch"]) if answer["ready"] else 0
+
+    def members(self) -> list[Member]:
+        return processes.members(self.launcher.pid)
+
+    def pids(self, role: str) -> list[int]:
+        """Processes of a role; "rank" stands for all ranks."""
+        return [m.pid for m in self.members() if m.role == role or m.role.split()[0] == role]
+
+    def log_size(self) -> int:
+        return self.log.stat().st_size
+
+    def loading_s(self, since: int) -> float:
+        """The slowest loading of the models that the log tells of after byte `since`."""
+        with self.log.open("rb") as file:
+            file.seek(since)
+            times = _LOADED.findall(file.read().decode(errors="replace"))
+        return max(map(float, times), default=0.0)
+
+    def stop(self) -> int:
+        """SIGTERM to the launcher; its exit code. A launcher that hangs is killed."""
+        if self.launcher.poll() is None:
+            self.launcher.send_signal(signal.SIGTERM)
+        try:
+            return self.launcher.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self.launcher.kill()
+            return self.launcher.wait()
+
+    def left_behind(self, patience_s: float = 5.0) -> list[str]:
+        """Processes of this cluster that are still there."""
+        deadline = time.monotonic() + patience_s
+        while (found := processes.holding(self._mark)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return found

@@ -1,0 +1,88 @@
+"""The faults that a run injects, each as an operator, a bug or bad luck would."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from nanogpt.chaos.cluster import ChaosCluster
+
+LONGEST_STOP_S = 6.0  # for which the front end is stopped: past the watchdog's patience
+DRAIN_S = 60.0  # for a launcher that drains to end
+
+
+class Injury(NamedTuple):
+    """What was done. `new_epoch`: whether the cluster needs a new worker group to recover."""
+
+    detail: str
+    new_epoch: bool = True
+    problem: str = ""
+
+
+Inject = Callable[[ChaosCluster, random.Random], Injury]
+
+
+def _signal(pids: list[int], number: signal.Signals) -> str:
+    """Signal those that are still there."""
+    sent = []
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+            sent.append(str(pid))
+        except ProcessLookupError:
+            continue  # it has ended since it was listed: a fault before this one is at work
+    return f"{number.name} to {', '.join(sent) or 'nobody'}"
+
+
+def _one_rank(number: signal.Signals) -> Inject:
+    def inject(cluster: ChaosCluster, rng: random.Random) -> Injury:
+        ranks = cluster.pids("rank")
+        return Injury(_signal(rng.sample(ranks, min(1, len(ranks))), number))
+
+    return inject
+
+
+def _all_of(role: str, number: signal.Signals = signal.SIGKILL) -> Inject:
+    return lambda cluster, rng: Injury(_signal(cluster.pids(role), number))
+
+
+def _stop_front_end(cluster: ChaosCluster, rng: random.Random) -> Injury:
+    pids, seconds = cluster.pids("worker"), rng.uniform(0.2, LONGEST_STOP_S)
+    detail = _signal(pids, signal.SIGSTOP)
+    time.sleep(seconds)
+    _signal(pids, signal.SIGCONT)
+    return Injury(f"{detail} for {seconds:.1f} s", new_epoch=False)
+
+
+def _drain(cluster: ChaosCluster, rng: random.Random) -> Injury:
+    """A rolling restart of the only server: what was accepted finishes, then another starts."""
+    started = time.monotonic()
+    code = cluster.stop()
+    took, left = time.monotonic() - started, cluster.left_behind()
+    problem = f"the drain ended with exit code {code}" if code else ""
+    if left:
+        problem = f"the drain left behind: {'; '.join(left)}"
+    cluster.start()
+    return Injury(f"drained in {took:.1f} s", problem=problem)
+
+
+FAULTS: dict[str, Inject] = {
+    "kill-rank": _one_rank(signal.SIGKILL),
+    "kill-all": _all_of("rank"),
+    "exit-rank": _one_rank(signal.SIGUSR1),  # with code 0: see hooks/sitecustomize.py
+    "stop-rank": _one_rank(signal.SIGSTOP),
+    "hang-rank": _one_rank(signal.SIGUSR2),  # its loop only: the process goes on beating
+    "kill-torchrun": _all_of("torchrun"),
+    "stop-frontend": _stop_front_end,
+    "drain": _drain,
+    "kill-worker": _all_of("worker"),
+    "kill-master": _all_of("master"),
+}
+
+# Whoever holds the connections dies: clients see them break, and no wrong answer.
+BREAKING = frozenset({"kill-worker", "kill-master"})
+# The port has nobody behind it for a while, so that new requests may get no answer at all.
+ABSENT = BREAKING | {"drain"}
+DEFAULT = tuple(kind for kind in FAULTS if kind not in BREAKING)

@@ -1,0 +1,99 @@
+"""The processes of a cluster, found in /proc: who is who, and what they hold."""
+
+import os
+from typing import NamedTuple
+
+from nanogpt import process
+
+PAGE_MIB = os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+class Member(NamedTuple):
+    """A live process. `role`: launcher, torchrun, rank 0, master (gunicorn's), worker, other."""
+
+    pid: int
+    parent: int
+    role: str
+
+
+def members(launcher: int) -> list[Member]:
+    """The launcher and everything below it."""
+    found = [Member(launcher, os.getpid(), "launcher")]
+    for pid in process.pids_below(launcher):
+        parent, command = _parent(pid), _strings(pid, "cmdline")
+        if parent is not None and command:
+            found.append(Member(pid, parent, _role(pid, command)))
+    masters = {m.pid for m in found if m.role == "master"}
+    return [m._replace(role="worker") if m.parent in masters else m for m in found]
+
+
+def _role(pid: int, command: list[str]) -> str:
+    if "nanogpt.agent" in command:
+        return "torchrun"
+    names = [os.path.basename(part) for part in command[:3]]
+    if "frontend.py" in names:
+        return "master"
+    if "rank_worker.py" in names:
+        rank = next((v for v in _strings(pid, "environ") if v.startswith("LOCAL_RANK=")), "=?")
+        return f"rank {rank.partition('=')[2]}"
+    return "other"
+
+
+def holding(variable: str) -> list[str]:
+    """Live processes whose environment has this "NAME=value", as "pid command"."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != os.getpid():
+            pid = int(entry)
+            if variable in _strings(pid, "environ") and _state(pid) != "Z":
+                found.append(f"{pid} {' '.join(_strings(pid, 'cmdline'))[:80]}")
+    return found
+
+
+def rss_mib(pid: int) -> float | None:
+    """Resident memory; None when the process is gone."""
+    try:
+        with open(f"/proc/{pid}/statm") as file:
+            return int(file.read().split()[1]) * PAGE_MIB
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def open_files(pid: int) -> int | None:
+    try:
+        return len(os.listdir(f"/proc/{pid}/fd"))
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time used so far; 0 when the process is gone."""
+    fields = _stat(pid)
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
+
+
+def _parent(pid: int) -> int | None:
+    fields = _stat(pid)
+    return int(fields[1]) if fields else None
+
+
+def _state(pid: int) -> str:
+    fields = _stat(pid)
+    return fields[0] if fields else "Z"
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields after the command, which may hold anything."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def _strings(pid: int, name: str) -> list[str]:
+    try:
+        with open(f"/proc/{pid}/{name}", "rb") as file:
+            return [part.decode(errors="replace") for part in file.read().split(b"\0") if part]
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return []

@@ -1,0 +1,197 @@
+"""The chaos command: its checker finds what is wrong, and a short run through real processes."""
+
+import json
+import random
+import subprocess
+import sys
+
+import msgspec
+import pytest
+
+from nanogpt.chaos import load, report
+from nanogpt.chaos.check import Books, violations
+from nanogpt.chaos.history import Asked, Chunk, Ended, Expected, Fault, History, Sample, read
+from tests.server import ROOT
+
+IDS = list(range(10, 22))
+TEXT = "abcdefghijkl"
+
+
+def choice(text: str, ids: list[int], finish_reason: str | None) -> dict:
+    return {"index": 0, "text": text, "token_ids": ids, "finish_reason": finish_reason}
+
+
+def usage(cached: int = 0) -> dict:
+    counts = {"prompt_tokens": 3, "completion_tokens": len(IDS), "total_tokens": 3 + len(IDS)}
+    return {**counts, "prompt_tokens_details": {"cached_tokens": cached}}
+
+
+ANSWER = {
+    "id": "cmpl-1",
+    "system_fingerprint": "fp",
+    "choices": [choice(TEXT, IDS, "length")],
+    "usage": usage(),
+}
+EXPECTED = Expected(template=0, body={}, answer=ANSWER)
+END = Ended(at=99.0, exit_code=0)
+
+
+def whole_answer(**changes) -> Asked:
+    body = json.dumps({**ANSWER, "usage": usage(cached=2)})
+    given = {"number": 0, "template": 0, "stream": False, "behaviour": "reads", "sent": 1.0}
+    given |= {"ended": 2.0, "outcome": "complete", "status": 200, "chunks": [Chunk(2.0, body)]}
+    return Asked(**{**given, **changes})
+
+
+def events(pieces: list[tuple[str, list[int], str | None]]) -> list[Chunk]:
+    head = {"id": "cmpl-1", "system_fingerprint": "fp", "usage": None}
+    chunks = [{**head, "choices": [choice(*piece)]} for piece in pieces]
+    chunks.append({**head, "choices": [], "usage": usage()})
+    return [Chunk(1.0 + 0.1 * i, json.dumps(chunk)) for i, chunk in enumerate(chunks)]
+
+
+PIECES = [(TEXT[i], [IDS[i]], "length" if i == 11 else None) for i in range(12)]
+
+
+def streamed_answer(pieces=PIECES, **changes) -> Asked:
+    return whole_answer(**{"stream": True, "chunks": events(list(pieces)), **changes})
+
+
+def refusal(status=503, code="overloaded", **changes) -> Asked:
+    body = json.dumps({"error": {"message": "", "type": "", "param": None, "code": code}})
+    given = {"status": status, "retry_after": "1", "outcome": "refused"}
+    return whole_answer(**{**given, "chunks": [Chunk(2.0, body)], **changes})
+
+
+def fault(kind: str, at=1.5, healed: float | None = 3.0, **changes) -> Fault:
+    return Fault(number=0, kind=kind, at=at, healed=healed, **changes)
+
+
+def found(*lines, end: Ended | None = END) -> list[str]:
+    return violations(Books.of([EXPECTED, *lines, *([end] if end else [])]))
+
+
+def test_a_history_without_violations():
+    assert found(whole_answer()) == []
+    assert found(streamed_answer()) == []
+    assert found(refusal()) == []
+    assert found(streamed_answer(PIECES[:5], outcome="left")) == []
+    unanswered = {"outcome": "unreachable", "status": 0, "chunks": []}
+    assert found(whole_answer(**unanswered), fault("drain", at=0.5)) == []
+    broken = streamed_answer(PIECES[:5], outcome="broken")
+    assert found(broken, fault("kill-worker")) == []
+
+
+def reordered() -> list:
+    return [PIECES[1], PIECES[0], *PIECES[2:]]
+
+
+@pytest.mark.parametrize(
+    ("asked", "word"),
+    [
+        (streamed_answer(PIECES[:4] + PIECES[5:]), "choices differ"),
+        (streamed_answer(PIECES[:4] + PIECES[3:]), "choices differ"),
+        (streamed_answer(reordered()), "choices differ"),
+        (streamed_answer(PIECES[:-1]), "choices differ"),
+        (streamed_answer([*PIECES, ("x", [1], None)]), "after its end"),
+        (streamed_answer(reordered()[:5], outcome="left"), "text of choice 0"),
+        (streamed_answer(PIECES[:5], outcome="broken"), "connection broke"),
+        (whole_answer(chunks=[Chunk(2.0, json.dumps({**ANSWER, "usage": {}}))]), "usage"),
+        (whole_answer(chunks=[Chunk(2.0, "<html>")]), "no client can read"),
+        (whole_answer(outcome="failed", status=500), "no proper end"),
+        (whole_answer(outcome="timeout", chunks=[], error="nothing"), "no proper end: nothing"),
+        (whole_answer(outcome="unreachable", status=0, chunks=[]), "somebody listened"),
+        (refusal(retry_after=None), "Retry-After"),
+        (refusal(code="tired"), "tired"),
+        (refusal(code="draining"), "accepted, and then refused"),
+        (whole_answer(number=1), "numbered"),
+    ],
+)
+def test_each_violation_is_found(asked, word):
+    assert word in " ".join(found(asked))
+
+
+def test_a_fault_excuses_only_what_it_can_cause():
+    """A killed rank breaks no connection, and a drain breaks none that was accepted before."""
+    broken = streamed_answer(PIECES[:5], outcome="broken")
+    assert found(broken, fault("kill-rank"))
+    assert found(broken, fault("drain"))
+    assert found(broken, fault("kill-worker", at=7.0))
+    wrong = streamed_answer(reordered()[:5], outcome="broken")
+    assert found(wrong, fault("kill-worker"))
+    refused = refusal(code="draining", sent=1.0)
+    assert found(refused, fault("drain", at=2.5))
+    assert found(refused, fault("drain", at=1.2)) == []
+
+
+def test_what_the_run_itself_saw_is_reported():
+    assert "exit code 3" in found(fault("drain", problem="exit code 3"))[0]
+    assert "no token after" in found(fault("kill-rank", healed=None))[0]
+    assert "exit code 1" in found(end=Ended(at=1.0, exit_code=1))[0]
+    assert "left behind" in found(end=Ended(at=1.0, exit_code=0, left_behind=["7 python"]))[0]
+    assert "ended early" in found(end=Ended(at=1.0, exit_code=0, crashed="why"))[0]
+    assert "cut off" in found(end=None)[0]
+
+
+def samples(rss, files=50) -> list[Sample]:
+    return [
+        Sample(at=float(i), role="worker", pid=7, rss_mib=rss(i), files=files) for i in range(40)
+    ]
+
+
+def test_growth_is_found_and_a_start_is_not():
+    assert found(*samples(lambda i: 100.0 + 5 * i))
+    assert not found(*samples(lambda i: 100.0 if i < 5 else 300.0))
+
+
+def test_histories_round_trip(tmp_path):
+    history = History(tmp_path / "h.jsonl")
+    lines = [EXPECTED, streamed_answer(), fault("drain"), *samples(float)[:1], END]
+    for line in lines:
+        history.add(line)
+    history.close()
+    assert list(read(history.path)) == lines
+    with history.path.open("a") as file:
+        file.write("{}\n")
+    with pytest.raises(msgspec.ValidationError):
+        list(read(history.path))
+
+
+def test_figures():
+    silent = events(PIECES)
+    late = [Chunk(c.at + (2.0 if c.at > 1.5 else 0.0), c.data) for c in silent]
+    asked = streamed_answer(chunks=late, ended=9.0)
+    books = Books.of([EXPECTED, asked, fault("kill-rank", loading_s=0.5), END])
+    row = report.figures(books)["by_fault"]["kill-rank"]
+    assert row["pause_s"]["max"] == pytest.approx(2.1, abs=0.01)
+    assert row["recovery_s"]["p50"] == 1.5
+    assert row["beyond_loading_s"]["p50"] == 1.0
+    assert "kill-rank" in report.table(report.figures(books))
+
+
+def test_the_load_is_a_function_of_its_seed():
+    bodies = [load.make_body(random.Random(f"{i}")) for i in range(300)]
+    assert bodies == [load.make_body(random.Random(f"{i}")) for i in range(300)]
+    for field in ("stop", "logprobs", "echo", "best_of", "top_p"):
+        assert any(field in body for body in bodies)
+    assert {type(body["prompt"]) for body in bodies} == {str, list}
+
+
+def test_a_short_run_loses_nothing(tmp_path):
+    """Every kind of fault but a hang once, with real processes; hangs are in test_failures.py."""
+    kinds = "kill-rank,kill-all,exit-rank,kill-torchrun,stop-frontend,drain"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "nanogpt.chaos", "--faults", kinds, "--kills", "6"),
+            *("--templates", "10", "--requests-in-flight", "6", "--directory", str(tmp_path)),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["violations"] == 0
+    assert set(result["by_fault"]) == set(kinds.split(","))
+    assert result["outcomes"]["complete"] > 10
