@@ -1,0 +1,45 @@
+"""Measures speed. Each subcommand prints tables, and as its last line one JSON object.
+
+serve     load over HTTP on any OpenAI-compatible server: latencies, throughput, goodput
+"""
+
+import sys
+from collections.abc import Sequence
+
+from nanogpt.bench import serve
+from nanogpt.bench.options import Parser
+from nanogpt.config import nearest
+from nanogpt.errors import ConfigError, StartupError
+
+COMMANDS = (serve,)
+
+
+def parser() -> Parser:
+    made = Parser(
+        prog="python -m nanogpt.bench",
+        description=__doc__,
+        epilog="dev/BENCHMARKS.md explains each, and how to compare with other servers.",
+    )
+    commands = made.add_subparsers(metavar="COMMAND", required=True)
+    for module in COMMANDS:
+        module.add_parser(commands)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        args, unknown = parser().parse_known_args(argv)
+        if unknown:
+            known = [s for action in args.parser._actions for s in action.option_strings]
+            word = unknown[0].partition("=")[0]
+            raise ConfigError(f"unknown option {word!r}{nearest(word, known)}")
+        return int(args.run(args))
+    except StartupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
