@@ -142,6 +142,7 @@ class ClusterClient:
     def submit(self, request: GenerateRequest) -> RequestHandle:
         """Accept a request: from here on it gets every token, or one RequestFailed.
 
+        One that was interrupted says in `resumed` and `finished` what it has already.
         While a worker group restarts the request waits for the next one. Raises Unavailable
         before the first group has come, while draining, and when too much is outstanding.
         """
@@ -153,7 +154,8 @@ class ClusterClient:
             )
         if self._group is None or not self._models:
             raise Unavailable("the model is being loaded; try again soon", code="starting")
-        count = len(request.prompts) * request.n
+        total = len(request.prompts) * request.n
+        count = total - len(request.finished)
         if count > self._max_outstanding:
             raise InvalidRequest(
                 f"the request has {count} choices (prompts times n or best_of), this server takes "
@@ -168,7 +170,7 @@ class ClusterClient:
                 )
             self._outstanding += count
             placement = self._placement
-            owners = placement.place(count)
+            owners = placement.place(total, request.finished)
         placed = msgspec.structs.replace(request, owners=owners)
         handle = RequestHandle(placed, placement, self._cancel)
         self._call(lambda: self._admit(handle))

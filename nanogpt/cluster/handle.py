@@ -35,9 +35,9 @@ class RequestHandle:
         self.placement = placement  # where the load of its choices is counted
         self._cancel = cancel
         self._queue: queue.SimpleQueue[list[EngineEvent]] = queue.SimpleQueue()
-        self._generated: list[list[int]] = [[] for _ in range(count)]
+        self._generated = [list(tokens) for tokens in request.resumed] or [[] for _ in range(count)]
         self._scored = [0] * len(request.prompts)  # prompt log probabilities seen
-        self.finished: set[int] = set()  # also cancelled choices
+        self.finished = set(request.finished)  # also cancelled choices
 
     @property
     def request_id(self) -> str:
