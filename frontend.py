@@ -17,7 +17,7 @@ from werkzeug.exceptions import (
     MethodNotAllowed,
     RequestEntityTooLarge,
 )
-from werkzeug.routing import BaseConverter
+from werkzeug.routing import BaseConverter, WebsocketMismatch
 
 from nanogpt import log as logging_setup
 from nanogpt import options
@@ -29,13 +29,13 @@ from nanogpt.api.caller import Caller
 from nanogpt.api.decode import clip
 from nanogpt.api.listener import listen
 from nanogpt.api.operators import Operators
-from nanogpt.api.server import serve
+from nanogpt.api.server import malformed_request, serve
 from nanogpt.api.service import Service
 from nanogpt.cluster.client import ClusterStatus
 from nanogpt.cluster.connect import connect
 from nanogpt.cluster.keeper import LOCK, OWNER_VARIABLE
 from nanogpt.config import HttpConfig
-from nanogpt.errors import ApiError, InvalidRequest, StartupError
+from nanogpt.errors import ApiError, InvalidRequest, StartupError, UnsupportedMediaType
 from nanogpt.registry import ModelCard, ModelInfo, read_cards
 from nanogpt.rundir import RunDir
 
@@ -176,6 +176,11 @@ def _only_key(*, allowed: bool = True) -> str:
 
 
 def _body() -> bytes:
+    encoding = flask.request.headers.get("Content-Encoding", "identity")
+    if encoding.lower() != "identity":
+        raise UnsupportedMediaType(
+            f"Content-Encoding {clip(encoding, 40)!r} is not supported; send the body as it is"
+        )
     body = flask.request.get_data(cache=False)
     if len(body) >= flask.current_app.config["MAX_CONTENT_LENGTH"]:
         raise RequestEntityTooLarge
@@ -210,6 +215,8 @@ def _add_errors(app: flask.Flask) -> None:
         if isinstance(error, ClientDisconnected):
             error.code = HTTPStatus.REQUEST_TIMEOUT
             description = "the body did not arrive in time; send it without pauses"
+        if isinstance(error, WebsocketMismatch):
+            description = "there are no WebSockets here; for tokens as they come set stream to true"
         if isinstance(error, RequestEntityTooLarge):
             limit = app.config["MAX_CONTENT_LENGTH"] // 2**20
             description = f"the body is over {limit} MiB; send less, or split the request"
@@ -228,7 +235,7 @@ def _add_errors(app: flask.Flask) -> None:
 
     @app.errorhandler(Exception)
     def other_error(error: Exception) -> flask.Response:
-        return _error_response(errors.unexpected(error))
+        return _error_response(malformed_request(error) or errors.unexpected(error))
 
 
 def _add_headers(

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -179,6 +180,23 @@ def test_a_long_name_in_an_inner_object_is_not_repeated(client):
     response = complete(client, stream=True, stream_options={"x" * 5000: True})
     assert_error(response, 400, param="stream_options")
     assert len(response.json["error"]["message"]) < 600
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "gzip, identity", "x" * 1000])
+def test_an_encoded_body_is_refused_as_such(client, encoding):
+    """Its header was ignored, and the body was malformed JSON, or none at all."""
+    response = complete(client, headers={"Content-Encoding": encoding})
+    assert_error(response, 415)
+    assert "send the body as it is" in response.json["error"]["message"]
+    assert len(response.json["error"]["message"]) < 200
+    assert complete(client, headers={"Content-Encoding": "identity"}).status_code == 200
+
+
+def test_a_websocket_is_told_what_there_is_instead(client):
+    headers = {"Connection": "Upgrade", "Upgrade": "websocket"}
+    response = client.get("/v1/models", headers=headers)
+    assert_error(response, 400)
+    assert "stream" in response.json["error"]["message"]
 
 
 def test_body_limit(cluster):
@@ -423,6 +441,7 @@ def app():
 
 log.set_up("info", "front end")
 listener.RECEIVE_TIMEOUT_S, listener.SEND_TIMEOUT_S = 0.5, 1.0
+server.REQUEST_S, server.LINGER_S = 1.5, 60.0
 socket = listener.listen("127.0.0.1", 0)
 print(socket.getsockname()[1], flush=True)
 server.serve(socket, app, settings)
@@ -527,6 +546,12 @@ def test_a_client_that_leaves_cancels_its_work(server, stream):
     assert "finish=cancelled:1" in line
 
 
+CHUNKED = (
+    b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\n"
+)
+
+
 @pytest.mark.parametrize(
     ("raw", "status"),
     [
@@ -536,10 +561,15 @@ def test_a_client_that_leaves_cancels_its_work(server, stream):
         (b"GET / HTTP/1.1\r\nX: " + b"a" * 20000 + b"\r\n\r\n", 431),
         (b"GET / HTTP/1.1\r\n" + b"X: 1\r\n" * 200 + b"\r\n", 431),
         (b"POST / HTTP/1.1\r\nTransfer-Encoding: odd\r\n\r\n", 501),
+        (CHUNKED + b"zz\r\n{}\r\n0\r\n\r\n", 400),
+        (CHUNKED + b"-2\r\n{}\r\n0\r\n\r\n", 400),
+        (CHUNKED + b"2\r\n{}XX0\r\n\r\n", 400),
+        (CHUNKED + b"2;" + b"a" * 100_000 + b"\r\n{}\r\n0\r\n\r\n", 400),
     ],
-    ids=range(6),
+    ids=range(10),
 )
 def test_malformed_http_is_answered_in_json(server, raw, status):
+    """A chunk that is none was a 500, and a traceback in the log."""
     head, _, body = server.talk(raw).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 %d " % status)
     assert b"content-type: application/json" in head.lower()
@@ -564,6 +594,44 @@ def test_a_client_that_stalls_is_not_waited_for(server):
     server.wait_for("a client that stalled")
     answer = server.talk(head + b"Content-Length: 100\r\nConnection: close\r\n\r\n{")
     assert answer.startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_request_that_trickles_in_is_not_waited_for(server):
+    """A byte now and then kept a thread for ever: a timeout of each read alone never ran out."""
+    for head in (b"GET /health HTTP/1.1\r\n", CHUNKED):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+            connection.sendall(head)
+            with contextlib.suppress(ConnectionError):
+                for _ in range(100):
+                    connection.sendall(b"X: 1\r\n" if head.startswith(b"GET") else b"1\r\n \r\n")
+                    if select.select([connection], [], [], 0.1)[0]:
+                        break
+                else:
+                    pytest.fail("it was waited for")
+
+
+def test_whoever_keeps_its_end_open_keeps_nobody_waiting(server):
+    """The main thread waited up to two seconds for each client that had asked for the end of
+    the connection and did not close its side, and accepted nobody meanwhile."""
+    ask = b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        connections = []
+        for _ in range(4):
+            connection = socket.create_connection(("127.0.0.1", server.port), timeout=10)
+            connections.append(stack.enter_context(connection))
+            connection.sendall(ask)
+            assert connection.recv(1000).startswith(b"HTTP/1.1 200 ")
+        assert server.talk(ask).startswith(b"HTTP/1.1 200 ")
+        for _ in range(2):  # a closed connection would answer the first with a reset
+            for connection in connections:
+                connection.sendall(b"x")
+            time.sleep(0.05)
+
+
+def test_no_peer_speaks_for_another(server):
+    """Whoever came from 127.0.0.1, so all clients of a proxy there, could set SCRIPT_NAME."""
+    head = b"GET /x/health HTTP/1.1\r\nSCRIPT_NAME: /x\r\nConnection: close\r\n\r\n"
+    assert server.talk(head).startswith(b"HTTP/1.1 404 ")
 
 
 def test_a_client_that_does_not_read_is_cancelled():

@@ -11,6 +11,7 @@ import math
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 from gunicorn import glogging
 from gunicorn.app.base import BaseApplication
 from gunicorn.http import errors as malformed
-from gunicorn.workers.gthread import ThreadWorker
+from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from nanogpt.api import errors
 from nanogpt.api.answer import JSON, new_request_id
@@ -26,6 +27,7 @@ from nanogpt.api.decode import clip
 from nanogpt.api.listener import allow_files
 from nanogpt.api.service import Service
 from nanogpt.config import HttpConfig
+from nanogpt.errors import ApiError
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,9 @@ MAX_IDLE_CONNECTIONS = 2048  # beyond those that are served; they cost no thread
 SWITCH_INTERVAL_S = 0.02
 GRACE_S = 3.0  # beyond drain_s, for the last answers to go out; the launcher waits 5
 SPARE_FILES = 512  # for all that is not a connection
+REQUEST_S = 60.0  # for a whole request to arrive, however steadily its bytes trickle in
+LINGER_S = 2.0  # for a client to read the last answer before its connection is closed
+LINGER_BYTES = 65536
 
 
 class _Logger(glogging.Logger):
@@ -63,8 +68,48 @@ class _Logger(glogging.Logger):
         self.error_log.propagate = True
 
 
+class _Connection(socket.socket):
+    """Receives until a given time: a timeout of each `recv` alone never ends a slow drip."""
+
+    receive_until = math.inf  # time.monotonic()
+
+    def recv(self, size: int, flags: int = 0, /) -> bytes:
+        if time.monotonic() > self.receive_until:
+            raise BlockingIOError("the request did not arrive in time")
+        return super().recv(size, flags)
+
+    def linger(self) -> None:
+        """Say that no more will come, and let the other side close first: closing with unread
+        bytes would reset the connection, and the client may lose the end of its answer.
+        """
+        self.receive_until = time.monotonic() + LINGER_S
+        received = 0
+        with contextlib.suppress(OSError):
+            self.shutdown(socket.SHUT_WR)
+            self.settimeout(LINGER_S)
+            while received < LINGER_BYTES and (piece := self.recv(4096)):
+                received += len(piece)
+        with contextlib.suppress(OSError):
+            self.shutdown(socket.SHUT_RDWR)
+
+
 class Worker(ThreadWorker):
     """Drains on SIGTERM, and answers in JSON when a request is not even HTTP."""
+
+    def enqueue_req(self, conn: TConn) -> None:
+        if not isinstance(conn.sock, _Connection):
+            conn.sock = _Connection(fileno=conn.sock.detach())
+        super().enqueue_req(conn)
+
+    def handle(self, conn: TConn) -> Any:
+        """One request. Lingering is done here: gunicorn's main thread would accept nobody else
+        for two seconds, for each client that leaves its end open.
+        """
+        conn.sock.receive_until = time.monotonic() + REQUEST_S
+        kept = super().handle(conn)
+        if kept is False:
+            conn.sock.linger()
+        return kept
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         if self.alive and self.app.service is not None:
@@ -72,12 +117,7 @@ class Worker(ThreadWorker):
         super().handle_exit(sig, frame)
 
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: Exception) -> None:
-        ours = (malformed.InvalidResponseHeader, malformed.InvalidResponseHeaderName)
-        if isinstance(exc, malformed.ParseException) and not isinstance(exc, ours):
-            text = f"the request is not valid HTTP/1.1: {clip(str(exc))}"
-            error = errors.from_status(_PARSE_STATUS.get(type(exc), 400), text)
-        else:
-            error = errors.unexpected(exc)
+        error = malformed_request(exc) or errors.unexpected(exc)
         body = errors.body(error)
         head = (
             f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
@@ -88,6 +128,15 @@ class Worker(ThreadWorker):
         with contextlib.suppress(OSError):  # the client may be gone, and that is all right
             client.settimeout(1.0)
             client.sendall(head.encode("latin-1") + body)
+
+
+def malformed_request(exc: Exception) -> ApiError | None:
+    """The answer when `exc` says that head or body of a request is not HTTP; else None."""
+    ours = (malformed.InvalidResponseHeader, malformed.InvalidResponseHeaderName)
+    if not isinstance(exc, malformed.ParseException) or isinstance(exc, ours):
+        return None
+    text = f"the request is not valid HTTP/1.1: {clip(str(exc))}"
+    return errors.from_status(_PARSE_STATUS.get(type(exc), 400), text)
 
 
 _PARSE_STATUS = {
@@ -123,6 +172,7 @@ class _Application(BaseApplication):
             "limit_request_line": 8190,
             "limit_request_fields": 100,
             "limit_request_field_size": 16384,
+            "forwarded_allow_ips": "",  # no peer may say that it speaks for another
             "worker_tmp_dir": "/dev/shm" if os.path.isdir("/dev/shm") else None,
             "logger_class": _Logger,
             "loglevel": "warning",
