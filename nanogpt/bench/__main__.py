@@ -1,17 +1,18 @@
 """Measures speed. Each subcommand prints tables, and as its last line one JSON object.
 
 serve     load over HTTP on any OpenAI-compatible server: latencies, throughput, goodput
+  compare   servers, or commits of this repository, side by side, taking turns: ratios
 """
 
 import sys
 from collections.abc import Sequence
 
-from nanogpt.bench import serve
+from nanogpt.bench import compare, serve
 from nanogpt.bench.options import Parser
 from nanogpt.config import nearest
 from nanogpt.errors import ConfigError, StartupError
 
-COMMANDS = (serve,)
+COMMANDS = (serve, compare)
 
 
 def parser() -> Parser:

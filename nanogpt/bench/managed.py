@@ -1,0 +1,137 @@
+"""Servers that a benchmark starts, waits for, and leaves nothing of."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from nanogpt import process
+from nanogpt.bench.connection import ConnectionLost, Url
+from nanogpt.bench.target import get
+from nanogpt.errors import StartupError
+
+POLL_S = 0.2
+STOP_S = 60.0  # ours gives accepted requests 30 s
+LOG_LINES = 5
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class ManagedServer:
+    """A shell command that serves at `url` until it is stopped. Its output goes to a file."""
+
+    def __init__(
+        self,
+        name: str,
+        command: str,
+        url: str,
+        *,
+        cwd: Path | None = None,
+        environ: Mapping[str, str] | None = None,
+        stop_s: float = STOP_S,
+    ) -> None:
+        self._stop_s = stop_s
+        self.name, self._url = name, Url.parse(url)
+        self._log = tempfile.NamedTemporaryFile(prefix=f"bench-{name}-", suffix=".log")  # noqa: SIM115
+        parent = os.getpid()
+        self._process = subprocess.Popen(
+            command,
+            shell=True,
+            cwd=cwd,
+            env={**os.environ, **(environ or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: process.die_with_parent(parent, signal.SIGTERM),
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def output(self) -> bytes:
+        """All that it has printed."""
+        return Path(self._log.name).read_bytes()
+
+    def wait(self, timeout_s: float, api_key: str = "") -> None:
+        """Until it lists its models or calls itself ready. Raises StartupError."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            code = self._process.poll()
+            if code is not None:
+                raise StartupError(f"{self.name} ended with exit code {code}: {self._last_words()}")
+            if self._answers(api_key):
+                return
+            time.sleep(POLL_S)
+        raise StartupError(
+            f"{self.name} was not ready at {self._url} after {timeout_s:g} s: {self._last_words()}"
+        )
+
+    def _answers(self, api_key: str) -> bool:
+        """Models that are listed, and no word of /health against it: llama-server lists its model
+        while it still reads it, and ours lists none until a rank has come."""
+        try:
+            if get(self._url.root, "/health").status == 503:
+                return False
+            reply = get(self._url, "/models", api_key)
+        except ConnectionLost:
+            return False
+        return reply.status == 200 and b'"id"' in reply.body
+
+    def _last_words(self) -> str:
+        text = self.output().decode(errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        return " | ".join(lines[-LOG_LINES:]) or "it printed nothing"
+
+    def cpu_s(self) -> float:
+        """CPU seconds that its living processes have taken so far."""
+        pids = [self._process.pid, *process.pids_below(self._process.pid)]
+        return sum(map(_cpu_s, pids))
+
+    def stop(self) -> None:
+        """SIGTERM, and SIGKILL for whatever is left after a while."""
+        below = process.descendants(self._process.pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + self._stop_s
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(self._stop_s)
+        for pidfd in below:
+            if not process.has_ended(pidfd, max(0.0, deadline - time.monotonic())):
+                process.kill(pidfd)
+            os.close(pidfd)
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        self._log.close()
+
+
+def _cpu_s(pid: int) -> float:
+    """User and system time of one process; 0 when it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def stopping(servers: list[ManagedServer]) -> Iterator[None]:
+    """Whatever happens, the servers that are in the list by then are stopped."""
+    try:
+        yield
+    finally:
+        for server in servers:
+            server.stop()
