@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
+from typing import Any
 
 import flask
 from werkzeug.exceptions import (
@@ -27,8 +28,11 @@ from nanogpt.api.answer import JSON, Answer, new_request_id
 from nanogpt.api.backend import Cluster
 from nanogpt.api.caller import Caller
 from nanogpt.api.decode import clip
+from nanogpt.api.jobs import once
+from nanogpt.api.jobs.stored import Stored
 from nanogpt.api.listener import listen
 from nanogpt.api.operators import Operators
+from nanogpt.api.protocol import parse_completion
 from nanogpt.api.server import malformed_request, serve
 from nanogpt.api.service import Service
 from nanogpt.cluster.client import ClusterStatus
@@ -36,6 +40,9 @@ from nanogpt.cluster.connect import connect
 from nanogpt.cluster.keeper import LOCK, OWNER_VARIABLE
 from nanogpt.config import HttpConfig
 from nanogpt.errors import ApiError, InvalidRequest, StartupError, UnsupportedMediaType
+from nanogpt.jobs.sqlite import open_store
+from nanogpt.jobs.store import Store
+from nanogpt.jobs_config import JobsConfig
 from nanogpt.registry import ModelCard, ModelInfo, read_cards
 from nanogpt.rundir import RunDir
 
@@ -60,8 +67,10 @@ def create_app(
     admission: Admission,
     cards: Mapping[str, ModelCard],
     clock: Callable[[], float] = time.time,
+    jobs: tuple[Store, JobsConfig] | None = None,
 ) -> flask.Flask:
-    """The application. `clock` gives the seconds since the epoch that answers carry."""
+    """The application. `clock` gives the seconds since the epoch that answers carry; `jobs` is what
+    keeps work for later, and is closed with the Service."""
     app = flask.Flask("nanogpt", static_folder=None)
     # One byte more than allowed: a body in chunks is cut there in silence, so _body can see it.
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_mib * 2**20 + 1
@@ -70,20 +79,63 @@ def create_app(
     service = Service(cluster, settings, admission, cards, clock)
     app.extensions["nanogpt"] = service
     _add_routes(app, service)
+    if jobs is None:
+        _add_completions(app, service)
+    else:
+        stored = Stored(service, jobs[0], cluster, cards, jobs[1], clock)
+        _add_stored_completions(app, stored)
+        stored.start()
     _add_admin_routes(app, Operators(admission))
     _add_errors(app)
     _add_headers(app, service, admission, settings)
     return app
 
 
-def _add_routes(app: flask.Flask, service: Service) -> None:
-    request = flask.request
+def _add_completions(app: flask.Flask, service: Service) -> None:
+    @app.post("/v1/completions")
+    def completions() -> flask.Response:
+        asked = parse_completion(_body(), flask.request.content_type)
+        return _response(service.complete(flask.g.caller, asked, _peer(), flask.g.started))
+
+
+def _add_stored_completions(app: flask.Flask, stored: Stored) -> None:
+    request, route = flask.request, "/v1/completions/<name>"
 
     @app.post("/v1/completions")
     def completions() -> flask.Response:
-        peer = request.environ.get("gunicorn.socket")
-        g = flask.g
-        return _response(service.complete(g.caller, _body(), request.content_type, peer, g.started))
+        caller, started, key = flask.g.caller, flask.g.started, request.headers.get(once.HEADER)
+        kind, body = request.content_type, _body()
+        return _response(stored.completions.create(caller, body, kind, _peer(), started, key))
+
+    @app.get(route)
+    def stored_completion(name: str) -> flask.Response:
+        arguments = _query({"stream", "starting_after"})
+        return _response(
+            stored.completions.show(
+                flask.g.caller,
+                name,
+                stream=arguments.get("stream"),
+                starting_after=arguments.get("starting_after"),
+                socket=_peer(),
+            )
+        )
+
+    @app.delete(route)
+    def delete_completion(name: str) -> flask.Response:
+        return _response(stored.completions.delete(flask.g.caller, name))
+
+    @app.post(f"{route}/cancel")
+    def cancel_completion(name: str) -> flask.Response:
+        return _response(stored.completions.cancel(flask.g.caller, name))
+
+
+def _peer() -> Any:
+    """The client's socket, where the server shows it."""
+    return flask.request.environ.get("gunicorn.socket")
+
+
+def _add_routes(app: flask.Flask, service: Service) -> None:
+    request = flask.request
 
     @app.get("/v1/models")
     def models() -> flask.Response:
@@ -167,12 +219,16 @@ def _add_admin_routes(app: flask.Flask, operators: Operators) -> None:
 
 def _only_key(*, allowed: bool = True) -> str:
     """The parameter `key` of the query; a wrong one would ban, or free, more than was meant."""
-    known = {"key"} if allowed else set()
+    return _query({"key"} if allowed else set()).get("key", "")
+
+
+def _query(known: set[str]) -> dict[str, str]:
+    """The parameters of the query. Raises InvalidRequest for one that isn't known."""
     for name in flask.request.args:
         if name not in known:
-            hint = "; known is: key" if known else ""
+            hint = f"; known: {', '.join(sorted(known))}" if known else ""
             raise InvalidRequest(f"unknown query parameter {clip(name)!r}{hint}", param=clip(name))
-    return flask.request.args.get("key", "")
+    return flask.request.args.to_dict()
 
 
 def _body() -> bytes:
@@ -337,12 +393,14 @@ def main(argv: list[str]) -> int:
         cluster = connect(
             config, run_dir, owner_pid=owner_pid, on_ready=ready, on_orphaned=orphaned
         )
-        return create_app(cluster, config.http, admission, cards)
+        store = open_store(config.jobs, config.port)
+        return create_app(cluster, config.http, admission, cards, jobs=(store, config.jobs))
 
     try:
         cards = read_cards()
         # Opened for a moment only: a mistake is told here, and nothing open survives a fork.
         Admission(config.admission, os.environ).close()
+        open_store(config.jobs, config.port).close()
         serve(listen(config.host, config.port), make_app, config.http)
     except StartupError as error:
         run_dir.set_fatal(str(error))

@@ -17,6 +17,7 @@ from msgspec import Meta
 
 from nanogpt.admission_config import AdmissionConfig
 from nanogpt.errors import ConfigError
+from nanogpt.jobs_config import JobsConfig
 from nanogpt.section import Section
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -73,6 +74,7 @@ class ServeConfig(Section, frozen=True, kw_only=True):
     cluster: ClusterConfig = ClusterConfig()
     http: HttpConfig = HttpConfig()
     admission: AdmissionConfig = AdmissionConfig()
+    jobs: JobsConfig = JobsConfig()
 
     def __post_init__(self) -> None:
         if not self.models:

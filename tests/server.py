@@ -30,13 +30,19 @@ class Server:
     def __init__(self, *options: str, environ: dict[str, str] | None = None) -> None:
         self.port = free_port()
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
+        self._jobs = tempfile.TemporaryDirectory(prefix="nanogpt-jobs-")
         self.process = subprocess.Popen(
             [str(ROOT / "launch.sh"), "--port", str(self.port), "--device", "cpu", *options],
             cwd=tempfile.gettempdir(),
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            # Neither the keys and bans of whoever runs the tests, nor ours for them.
-            env={**os.environ, "NANOGPT_ADMISSION_STATE": ":memory:", **(environ or {})},
+            # Neither the keys, bans and jobs of whoever runs the tests, nor ours for them.
+            env={
+                **os.environ,
+                "NANOGPT_ADMISSION_STATE": ":memory:",
+                "NANOGPT_JOBS_PATH": self._jobs.name,
+                **(environ or {}),
+            },
         )
 
     @property
@@ -93,6 +99,7 @@ class Server:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self._log.close()
+        self._jobs.cleanup()
 
 
 @contextlib.contextmanager

@@ -73,7 +73,7 @@ ACCEPTED = [
     ("stop_token_ids", [[], [5, 6]]),
     ("return_token_ids", [True, False]),
     ("priority", [-5, 0, 5]),
-    ("background", [False]),
+    ("background", [False, True]),
 ]
 
 REFUSED = [
@@ -104,7 +104,7 @@ REFUSED = [
     ("stop_token_ids", [[-1], ["a"], 5]),
     ("return_token_ids", [1]),
     ("priority", [2**31, 1.5]),
-    ("background", [True, 1]),
+    ("background", [1, "yes"]),
     ("metadata", [{}, {"a": "b"}, 5]),
     ("model", ["", 5, "m" * 513]),
 ]

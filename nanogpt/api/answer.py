@@ -2,12 +2,20 @@
 
 import secrets
 from collections.abc import Iterator
-from typing import NamedTuple
-
-from nanogpt.api.exchange import Exchange
+from typing import NamedTuple, Protocol
 
 JSON = "application/json"
 EVENT_STREAM = "text/event-stream; charset=utf-8"
+
+
+class Ongoing(Protocol):
+    """What an answer is made from while it is sent."""
+
+    def close(self) -> None:
+        """May be called again."""
+
+    def summary(self) -> str:
+        """For the log."""
 
 
 class Answer(NamedTuple):
@@ -15,7 +23,7 @@ class Answer(NamedTuple):
     status: int = 200
     content_type: str = JSON
     headers: dict[str, str] = {}
-    exchange: Exchange | None = None  # to be closed when the body has been sent, or can't be
+    exchange: Ongoing | None = None  # to be closed when the body has been sent, or can't be
 
 
 def new_request_id() -> str:

@@ -44,6 +44,10 @@ class Caller:
         """The key's share, relative to those of others."""
         return self._known.weight
 
+    def owns(self, owner: str) -> bool:
+        """Whether what belongs to that key may be seen and changed."""
+        return self._known.admin or owner == self.name
+
     def visible(self, models: Mapping[str, ModelInfo]) -> dict[str, ModelInfo]:
         """Those that the key may use."""
         return {name: info for name, info in models.items() if self._known.may_use(name)}

@@ -68,6 +68,10 @@ class Metrics:
         self._registry.register(_ClusterCollector(cluster))
         self._registry.register(_AdmissionCollector(admission))
 
+    def add(self, collector: Collector) -> None:
+        """Have it asked as well."""
+        self._registry.register(collector)
+
     def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
         return Histogram(name, text, ["model"], buckets=tuple(buckets), registry=self._registry)
 

@@ -22,6 +22,15 @@ TokenId = Annotated[int, Meta(ge=0)]
 StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
+MetadataKey = Annotated[str, Meta(max_length=64)]
+MetadataValue = Annotated[str, Meta(max_length=512)]
+Metadata = Annotated[dict[MetadataKey, MetadataValue], Meta(max_length=16)]
+METADATA = (
+    "an object of up to 16 strings of up to 512 characters, with names of up to 64; "
+    "kept with what is stored"
+)
+
+
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     include_usage: bool | None = False
 
@@ -158,12 +167,9 @@ class CompletionRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         ),
     ] = 0
     background: Annotated[
-        bool, Meta(description="false: background completions are not available here")
+        bool, Meta(description="true to get a stored completion at once and poll it, or false")
     ] = False
-    metadata: (
-        Annotated[dict[str, str], Meta(description="null: it belongs to background completions")]
-        | None
-    ) = None
+    metadata: Annotated[Metadata, Meta(description=METADATA)] | None = None
 
     @property
     def generated(self) -> int:
@@ -223,14 +229,11 @@ def _check_unsupported(request: CompletionRequest) -> None:
             "suffix is not supported: no model here was trained to insert text; leave it out",
             param="suffix",
         )
-    if request.background:
+    if request.metadata is not None and not request.background:
         raise InvalidRequest(
-            "background is not supported; leave it out and wait for the answer, or stream it",
-            param="background",
-        )
-    if request.metadata is not None:
-        raise InvalidRequest(
-            "metadata is only kept with background completions; leave it out", param="metadata"
+            "metadata is only kept with background completions; set background to true, or leave "
+            "metadata out",
+            param="metadata",
         )
 
 

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Protocol
 
 from nanogpt.api import client_socket, docs_page, errors, openapi
 from nanogpt.api.admission import Admission
@@ -32,7 +32,7 @@ from nanogpt.api.plan import (
     real_name,
     system_fingerprint,
 )
-from nanogpt.api.protocol import DetokenizeRequest, TokenizeRequest, parse_completion
+from nanogpt.api.protocol import CompletionRequest, DetokenizeRequest, TokenizeRequest
 from nanogpt.api.response import PING, Collected, Stream, encode, event, ranks_header
 from nanogpt.api.tokens import token_text, tokenizer_info
 from nanogpt.config import HttpConfig
@@ -46,7 +46,7 @@ CLIENT_GONE = 499  # for the log and the metrics: nobody reads this answer
 SPARE_THREADS = 16  # that completions never take: /health answers also when the server is full
 
 
-class _Places:
+class Places:
     """Threads for completions. An exchange has one from submit to close."""
 
     def __init__(self, threads: int) -> None:
@@ -62,6 +62,15 @@ class _Places:
             )
 
 
+class Companion(Protocol):
+    """What has to drain and close with the service."""
+
+    def drain(self, grace_s: float) -> None:
+        """Who waits has so many seconds left. For a signal handler."""
+
+    def close(self) -> None: ...
+
+
 class Service:
     """Thread-safe: a request's state is its own. The `cards` know other names of models."""
 
@@ -75,27 +84,41 @@ class Service:
     ) -> None:
         self._cluster, self._settings, self._clock = cluster, settings, clock
         self._admission, self._cards = admission, cards
-        self._places = _Places(settings.threads)
+        self.places = Places(settings.threads)
         self.metrics = Metrics(cluster, admission)
         self._end_at = float("inf")  # time.monotonic() after which nobody waits any longer
+        self.companion: Companion | None = None  # works on the same cluster, and ends before it
 
     def drain(self) -> None:
         """Take no new requests; those in progress have `drain_s` left. For a signal handler."""
+        if self.companion is not None:
+            self.companion.drain(self._settings.drain_s)
         self._cluster.drain()
         self._end_at = min(self._end_at, time.monotonic() + self._settings.drain_s)
 
+    def must_end(self) -> bool:
+        """Whether nobody may wait any longer."""
+        return time.monotonic() > self._end_at
+
     def close(self) -> None:
         """Close cluster and admission as well."""
+        if self.companion is not None:
+            self.companion.close()
         self._cluster.close()
         self._admission.close()
 
     # POST /v1/completions
 
     def complete(
-        self, caller: Caller, body: bytes, content_type: str | None, socket: Any, started: float
+        self, caller: Caller, request: CompletionRequest, socket: Any, started: float
     ) -> Answer:
         """`socket`: the client's, when the server shows it; `started`: time.monotonic()."""
-        exchange = self._begin(caller, body, content_type, socket, started)
+        if request.background:
+            raise InvalidRequest(
+                "background is not available: this server keeps no jobs; leave it out",
+                param="background",
+            )
+        exchange = self._begin(caller, request, socket, started)
         if not exchange.plan.completion.stream:
             return self._whole(exchange)
         shown = ranks_header(exchange.handle.owners, range(len(exchange.handle.owners)))
@@ -107,18 +130,17 @@ class Service:
         )
 
     def _begin(
-        self, caller: Caller, body: bytes, content_type: str | None, socket: Any, started: float
+        self, caller: Caller, request: CompletionRequest, socket: Any, started: float
     ) -> Exchange:
         """From cheap to dear, so that whoever is turned away costs little."""
-        request = parse_completion(body, content_type)
         models = self._cluster.models()
         name = real_name(models, request.model, self._cards)
         caller.precheck(request.user, name, request.priority)
         info = find_model(caller.visible(models), name)
         tokenizer = self._cluster.tokenizer(info.name)
         with ExitStack() as undo:
-            self._places.take()
-            undo.callback(self._places.give_back)
+            self.places.take()
+            undo.callback(self.places.give_back)
             plan = make_plan(
                 request,
                 info,
@@ -134,7 +156,7 @@ class Service:
             undo.pop_all()
 
         def on_close(prompt_tokens: int, completion_tokens: int) -> None:
-            self._places.give_back()
+            self.places.give_back()
             ticket.settle(prompt_tokens, completion_tokens)
 
         return Exchange(
@@ -144,7 +166,7 @@ class Service:
             self.metrics,
             started=started,
             is_client_gone=client_socket.watch(socket),
-            must_end=lambda: time.monotonic() > self._end_at,
+            must_end=self.must_end,
             on_close=on_close,
             queue_timeout_s=self._settings.queue_timeout_s,
         )

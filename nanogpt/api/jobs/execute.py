@@ -1,0 +1,224 @@
+"""Carries out a stored completion: the same way as a request, with what it has so far kept."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from nanogpt.api.assemble import Assembler
+from nanogpt.api.backend import Cluster, Handle
+from nanogpt.api.errors import ClientGone
+from nanogpt.api.exchange import Exchange
+from nanogpt.api.jobs import outcome
+from nanogpt.api.jobs.outcome import Progress
+from nanogpt.api.metrics import Metrics
+from nanogpt.api.plan import Plan, find_model, make_plan, system_fingerprint
+from nanogpt.api.response import Collected
+from nanogpt.api.response import encode as to_json
+from nanogpt.errors import ServerError
+from nanogpt.jobs.runner import Lease
+from nanogpt.jobs.store import StoreUnavailable
+from nanogpt.request import EngineEvent, GenerateRequest, PromptScored, RequestFailed, TokenEvent
+from nanogpt.tokenizer import Tokenizer
+
+# How often new tokens are kept, and so shown to those who follow. Each time is a disk flush, which
+# jobs share.
+STREAM_FLUSH_S = 0.05
+FLUSH_S = 0.2  # of a job that nobody has asked to stream
+RETRY_S = 1.0  # after a store that could not keep them
+
+
+class CompletionExecutor:
+    """See nanogpt.jobs.runner.Executor. `settle` gets a job's id and the tokens that it used: of
+    prompts, and generated."""
+
+    def __init__(
+        self, cluster: Cluster, metrics: Metrics, settle: Callable[[str, int, int], None]
+    ) -> None:
+        self._cluster, self._metrics, self._settle = cluster, metrics, settle
+
+    def __call__(self, lease: Lease) -> None:
+        records = lease.records()
+        plan = outcome.plan_of(lease.job)
+        info = find_model(self._cluster.models(), plan.request.model)
+        tokenizer = self._cluster.tokenizer(info.name)
+        same = system_fingerprint(info) == plan.fingerprint
+        if not same and not records:
+            plan = _again(plan, make_plan(plan.completion, info, tokenizer))
+        text = Text(plan, tokenizer, records)
+        if not same and records:
+            lease.complete("incomplete", text.ended(_changed()))
+            return
+        done = text.assembler.done or (not lease.cancelled and self._generate(lease, text))
+        usage = text.assembler.usage()
+        self._settle(lease.job.id, usage.prompt_tokens, usage.completion_tokens)
+        if done:
+            lease.complete("completed", text.completed(), records=text.unkept())
+        else:
+            lease.complete("cancelled", text.ended(None), records=text.unkept())
+
+    def _generate(self, lease: Lease, text: "Text") -> bool:
+        """False when it was cancelled."""
+        handle = self._cluster.submit(text.remaining(lease.job.fence))
+        exchange = Exchange(
+            text.plan,
+            _Keeper(handle, lease, text),
+            text.assembler,
+            self._metrics,
+            started=time.monotonic(),
+            is_client_gone=lambda: _is_cancelled(lease),
+            must_end=lambda: False,  # the lease says when
+            on_close=lambda prompt_tokens, completion_tokens: None,
+            queue_timeout_s=float("inf"),
+        )
+        try:
+            for deltas in exchange.deltas():
+                text.collected.add(deltas or ())
+        except ClientGone:
+            return False
+        finally:
+            exchange.close()
+        return True
+
+
+def _is_cancelled(lease: Lease) -> bool:
+    lease.check()
+    return lease.cancelled
+
+
+def _changed() -> ServerError:
+    return ServerError(
+        "the model or the engine was replaced while this completion was generated, so its text "
+        "can't go on; send the request again"
+    )
+
+
+def _again(old: Plan, new: Plan) -> Plan:
+    """The new plan as if it had been accepted when the old one was."""
+    request = msgspec.structs.replace(
+        new.request,
+        request_id=old.request.request_id,
+        priority=old.request.priority,
+        tenant=old.request.tenant,
+        weight=old.request.weight,
+        params=msgspec.structs.replace(new.request.params, seed=old.request.params.seed),
+    )
+    return msgspec.structs.replace(new, request=request, created=old.created)
+
+
+class Text:
+    """A completion as far as it has come: what was kept, and on top of it what is not yet."""
+
+    def __init__(self, plan: Plan, tokenizer: Tokenizer, records: Sequence[bytes] = ()) -> None:
+        self.plan = plan
+        self.assembler = Assembler(plan, tokenizer)
+        self.collected = Collected(plan)
+        self._generated: list[list[int]] = [[] for _ in self.assembler.choices]
+        self._scored = [0] * len(plan.request.prompts)
+        self._fresh: list[EngineEvent] = []
+        for record in records:
+            events = outcome.progress(record).events
+            self._count(events)
+            deltas, _ = self.assembler.feed(events)
+            self.collected.add(deltas)
+
+    def _count(self, events: Sequence[EngineEvent]) -> None:
+        for event in events:
+            if isinstance(event, TokenEvent):
+                self._generated[event.index].extend(event.token_ids)
+            elif isinstance(event, PromptScored):
+                self._scored[event.prompt_i] += len(event.logprobs)
+
+    def accept(self, events: Sequence[EngineEvent]) -> list[EngineEvent]:
+        """The events as far as they are new: a resumed prompt is scored from its start."""
+        new = [kept for event in events if (kept := self._unknown(event)) is not None]
+        self._fresh += [event for event in new if not isinstance(event, RequestFailed)]
+        self._count(new)
+        return new
+
+    def _unknown(self, event: EngineEvent) -> EngineEvent | None:
+        if not isinstance(event, PromptScored):
+            return event
+        known = self._scored[event.prompt_i] + 1 - event.position  # positions begin at 1
+        if known <= 0:
+            return event
+        if known >= len(event.logprobs):
+            return None
+        return msgspec.structs.replace(
+            event, position=event.position + known, logprobs=event.logprobs[known:]
+        )
+
+    @property
+    def has_unkept(self) -> bool:
+        return bool(self._fresh)
+
+    def unkept(self) -> list[bytes]:
+        """What is not kept yet, as one record; or none."""
+        return [outcome.encode(Progress.of(self._fresh))] if self._fresh else []
+
+    def mark_kept(self) -> None:
+        self._fresh = []
+
+    def remaining(self, fence: int) -> GenerateRequest:
+        """What the engines still have to do."""
+        request = self.plan.request
+        finished = [c.index for c in self.assembler.choices if c.finish_reason is not None]
+        # Another attempt may still be ending: the engines must tell them apart.
+        changes: dict[str, Any] = {"request_id": f"{request.request_id}.{fence}"}
+        changes["finished"] = tuple(finished)
+        if any(self._generated):
+            changes["resumed"] = tuple(map(tuple, self._generated))
+        scored = zip(self._scored, request.prompts, strict=True)
+        if request.params.prompt_logprobs and all(n >= len(p) - 1 for n, p in scored):
+            changes["params"] = msgspec.structs.replace(request.params, prompt_logprobs=False)
+        return msgspec.structs.replace(request, **changes)
+
+    def completed(self) -> bytes:
+        """The result of the job."""
+        return outcome.encode(outcome.Outcome(200, self._json()))
+
+    def ended(self, error: Exception | None) -> bytes:
+        """The result when it was cancelled, or can't go on because of `error`."""
+        partial = self._json() if any(self._generated) else b""
+        if error is None:
+            return outcome.encode(outcome.cancelled(partial))
+        return outcome.encode(outcome.failure(error, partial))
+
+    def _json(self) -> bytes:
+        chosen = self.assembler.best(self.plan.completion.n)
+        return to_json(self.collected.completion(self.assembler, chosen))
+
+
+class _Keeper:
+    """A handle whose events are kept in the store on their way."""
+
+    def __init__(self, handle: Handle, lease: Lease, text: Text) -> None:
+        self._handle, self._lease, self._text = handle, lease, text
+        self._interval = STREAM_FLUSH_S if text.plan.completion.stream else FLUSH_S
+        self._keep_at = 0.0  # the first ones at once
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        return self._handle.owners
+
+    def events(self, timeout: float) -> Sequence[EngineEvent]:
+        if self._text.has_unkept:
+            left = self._keep_at - time.monotonic()
+            if left <= 0:
+                self._keep()
+            else:
+                timeout = min(timeout, left)
+        return self._text.accept(self._handle.events(timeout))
+
+    def _keep(self) -> None:
+        try:
+            self._lease.append(self._text.unkept())
+        except StoreUnavailable:
+            self._keep_at = time.monotonic() + RETRY_S
+            return
+        self._text.mark_kept()
+        self._keep_at = time.monotonic() + self._interval
+
+    def cancel(self, index: int | None = None) -> None:
+        self._handle.cancel(index)

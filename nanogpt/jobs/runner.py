@@ -1,0 +1,247 @@
+"""Works on the jobs of a store: claims what there is room for, renews leases, lets go at the end.
+
+dispatcher thread   claims, starts a thread for each job, renews the leases of all
+a thread for a job  the executor of its kind, with a Lease
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from nanogpt.errors import Unavailable
+from nanogpt.jobs.store import Job, Kind, Lane, Status, Store, StoreUnavailable
+
+log = logging.getLogger(__name__)
+
+LEASE_S = 30.0
+RENEW_S = 10.0
+SWEEP_S = 60.0
+RETRY_S = 1.0  # after a store or a cluster that could not
+MAX_TRIES = 10  # claims in a row that brought no progress: the job ends whoever takes it
+MAX_BATCHES = 4  # at once; they share the room
+
+
+class LeaseLost(Exception):
+    """Somebody else has the job, or it is gone: whatever was done now counts for nothing."""
+
+
+class PutBack(Exception):
+    """The job can't go on here now, through no fault of its own."""
+
+
+class Lease:
+    """One job in the hands of one thread."""
+
+    def __init__(self, store: Store, job: Job, must_end: Callable[[], bool]) -> None:
+        self.job = job
+        self._store, self._must_end = store, must_end
+        self.cancelled = job.cancelled is not None
+        self.lost = False
+
+    def check(self) -> None:
+        """Ask the store for news. Raises LeaseLost; PutBack when this process must end."""
+        if self._must_end():
+            raise PutBack("the server is shutting down")
+        try:
+            job = self._store.get(self.job.id)
+        except StoreUnavailable:
+            return  # it will be asked again
+        self._note(job is not None and job.fence == self.job.fence and not job.ended)
+        self.cancelled |= job is not None and job.cancelled is not None
+
+    def records(self) -> list[bytes]:
+        """What was appended so far, under any lease."""
+        found: list[bytes] = []
+        while True:
+            _, more = self._store.read(self.job.id, len(found))
+            if not more:
+                return found
+            found += more
+
+    def append(self, records: Sequence[bytes], state: bytes | None = None) -> None:
+        """Raises LeaseLost; StoreUnavailable, and then nothing was kept."""
+        verdict = self._store.append(self.job.id, self.job.fence, records, state)
+        self._note(verdict != "lost")
+        self.cancelled |= verdict == "cancelled"
+
+    def complete(
+        self,
+        status: Status,
+        result: bytes,
+        *,
+        records: Sequence[bytes] = (),
+        state: bytes | None = None,
+        forget_records: bool = False,
+    ) -> None:
+        """End the job, however long the store takes to be there. Raises LeaseLost, PutBack."""
+        while True:
+            try:
+                held = self._store.complete(
+                    self.job.id,
+                    self.job.fence,
+                    status,
+                    result,
+                    records=records,
+                    state=state,
+                    forget_records=forget_records,
+                )
+            except StoreUnavailable as error:
+                log.error("job %s has ended but can't be stored: %s", self.job.id, error)
+                if self._must_end():
+                    raise PutBack("the store is not there") from error
+                time.sleep(RETRY_S)
+                continue
+            self._note(held)
+            return
+
+    def _note(self, held: bool) -> None:
+        self.lost |= not held
+        if self.lost:
+            raise LeaseLost(self.job.id)
+
+
+Executor = Callable[[Lease], None]
+"""Works on a job until it has completed it. May raise LeaseLost or PutBack; anything else fails
+the job."""
+
+
+class Runner:
+    """`room` says how many choices more may be worked on; `size` how many a job has; `failed` makes
+    the result of a job that ended in an error."""
+
+    def __init__(
+        self,
+        store: Store,
+        executors: Mapping[Kind, Executor],
+        *,
+        ready: Callable[[], bool],
+        size: Callable[[Job], int],
+        room: int,
+        failed: Callable[[Job, Exception], bytes],
+        on_swept: Callable[[list[str]], None] = lambda ids: None,
+    ) -> None:
+        self._store, self._executors, self._ready = store, executors, ready
+        self._size, self._room, self._failed, self._on_swept = size, room, failed, on_swept
+        self._lock = threading.Lock()
+        self._running: dict[str, tuple[Lease, int]] = {}
+        self._threads: set[threading.Thread] = set()
+        self._end_at = {lane: float("inf") for lane in Lane}
+        self._claiming = True
+        self._stop = threading.Event()
+        self._renew_at = self._sweep_at = 0.0
+        self._dispatcher = threading.Thread(target=self._dispatch, name="jobs", daemon=True)
+
+    def start(self) -> None:
+        self._dispatcher.start()
+
+    def drain(self, grace_s: float) -> None:
+        """Claim no more. What runs in the background is put back now, with what it has; jobs for
+        which somebody waits have `grace_s` seconds. For a signal handler."""
+        self._claiming = False
+        now = time.monotonic()
+        for lane in Lane:
+            self._end_at[lane] = now + (grace_s if lane is Lane.NOW else 0.0)
+
+    def close(self) -> None:
+        """Put everything back, and wait until that is done."""
+        self.drain(0.0)
+        self._stop.set()
+        if self._dispatcher.is_alive():
+            self._dispatcher.join()
+        with self._lock:
+            threads = list(self._threads)
+        for thread in threads:
+            thread.join()
+
+    @property
+    def running(self) -> int:
+        """Jobs in progress here."""
+        return len(self._running)
+
+    # The dispatcher
+
+    def _dispatch(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self._turn()
+            except StoreUnavailable as error:
+                log.error("jobs wait: %s", error)
+                self._stop.wait(RETRY_S)
+            except Exception:
+                log.exception("the dispatcher of jobs stumbled")
+                self._stop.wait(RETRY_S)
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        if now >= self._sweep_at:
+            self._sweep_at = now + SWEEP_S
+            if gone := self._store.sweep():
+                self._on_swept(gone)
+        if now >= self._renew_at:
+            self._renew_at = now + RENEW_S
+            with self._lock:
+                held = {job_id: lease.job.fence for job_id, (lease, _) in self._running.items()}
+            self._store.renew(held, LEASE_S)
+        if not self._claiming or not self._ready():
+            self._stop.wait(0.1)
+            return
+        last = self._last_lane()
+        # Without room for all lanes the wait is short: room may be made at any moment.
+        job = self._store.claim(last, LEASE_S, 0.5 if last is Lane.BATCH else 0.05)
+        if job is not None:
+            self._begin(job)
+
+    def _last_lane(self) -> Lane:
+        """The last lane that there is room for. Those for which somebody waits are never held up
+        by the others."""
+        with self._lock:
+            jobs = [lease.job for lease, _ in self._running.values()]
+            used = sum(n for lease, n in self._running.values() if lease.job.lane != Lane.NOW)
+        if used >= self._room:
+            return Lane.NOW
+        batches = sum(job.lane == Lane.BATCH for job in jobs)
+        return Lane.BACKGROUND if batches >= MAX_BATCHES else Lane.BATCH
+
+    def _begin(self, job: Job) -> None:
+        lease = Lease(self._store, job, lambda: time.monotonic() > self._end_at[job.lane])
+        thread = threading.Thread(target=self._work, args=(lease,), name=job.id, daemon=True)
+        with self._lock:
+            self._running[job.id] = (lease, self._size(job))
+            self._threads.add(thread)
+        thread.start()
+
+    # A job's thread
+
+    def _work(self, lease: Lease) -> None:
+        job = lease.job
+        try:
+            if job.tries > MAX_TRIES:
+                raise RuntimeError(f"{job.tries - 1} attempts ended without any progress")
+            self._executors[job.kind](lease)
+        except LeaseLost:
+            log.info("job %s is no longer ours", job.id)
+        except (PutBack, Unavailable) as error:
+            self._put_back(lease, error)
+        except Exception as error:
+            self._fail(lease, error)
+        finally:
+            with self._lock:
+                self._running.pop(job.id, None)
+                self._threads.discard(threading.current_thread())
+
+    def _put_back(self, lease: Lease, error: Exception) -> None:
+        log.info("job %s goes back to the queue: %s", lease.job.id, error)
+        if self._claiming:
+            self._stop.wait(RETRY_S)  # it would be claimed again at once
+        with contextlib.suppress(StoreUnavailable):  # its lease runs out by itself
+            self._store.renew({lease.job.id: lease.job.fence}, 0.0)
+
+    def _fail(self, lease: Lease, error: Exception) -> None:
+        try:
+            lease.complete("failed", self._failed(lease.job, error))
+        except (LeaseLost, PutBack) as why:
+            log.error(
+                "job %s failed (%s), and that could not be stored: %s", lease.job.id, error, why
+            )

@@ -1,0 +1,523 @@
+"""Jobs in one SQLite file, for one server.
+
+Writes are grouped: whoever gets the lock carries out, in one transaction, all that threads have
+asked for meanwhile. So hundreds of jobs share a disk flush (WAL with synchronous = FULL flushes at
+each commit, and what is committed survives a loss of power).
+
+The file belongs to one process at a time, by a lock that the kernel drops when that process ends,
+however it ends. So at opening every lease is a dead one's, and its job can be claimed at once.
+"""
+
+import fcntl
+import os
+import sqlite3
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from nanogpt.errors import StartupError, Unavailable
+from nanogpt.jobs.store import (
+    ONCE_S,
+    Count,
+    Job,
+    Kind,
+    Lane,
+    Status,
+    StoreUnavailable,
+    Verdict,
+)
+from nanogpt.jobs_config import JobsConfig
+
+VERSION = 1  # PRAGMA user_version of the tables below
+LOCK_WAIT_S = 5.0  # for the lock of a process that is just ending
+SWEEP_ROWS = 1000  # at once, so that others get a turn
+_TABLES = """
+CREATE TABLE jobs (
+    n INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, kind TEXT NOT NULL,
+    owner TEXT NOT NULL, created REAL NOT NULL, request BLOB NOT NULL, keep_s REAL NOT NULL,
+    lane INTEGER NOT NULL, once TEXT UNIQUE, digest BLOB NOT NULL, status TEXT NOT NULL,
+    fence INTEGER NOT NULL, tries INTEGER NOT NULL, cancelled REAL, started REAL, finished REAL,
+    state BLOB NOT NULL, result BLOB NOT NULL, lease_until REAL NOT NULL, records INTEGER NOT NULL,
+    expires REAL
+);
+CREATE INDEX jobs_open ON jobs (lane, n) WHERE status IN ('queued', 'in_progress');
+CREATE INDEX jobs_of_owner ON jobs (kind, owner, n);
+CREATE INDEX jobs_by_kind ON jobs (kind, n);
+CREATE INDEX jobs_by_end ON jobs (expires) WHERE expires IS NOT NULL;
+CREATE TABLE records (
+    job INTEGER NOT NULL, seq INTEGER NOT NULL, data BLOB NOT NULL, PRIMARY KEY (job, seq)
+) WITHOUT ROWID;
+"""
+_FIELDS = tuple(field.name for field in msgspec.structs.fields(Job))
+_COLUMNS = ", ".join(_FIELDS)
+_OPEN = "status IN ('queued', 'in_progress')"
+
+T = TypeVar("T")
+
+
+class _Write(Generic[T]):
+    """One change that a thread waits for."""
+
+    def __init__(self, change: Callable[[sqlite3.Connection], T]) -> None:
+        self._change = change
+        self._value: T | None = None
+        self.error: Exception | None = None
+        self.done = False
+
+    def run(self, db: sqlite3.Connection) -> None:
+        """Raises sqlite3.Error when SQLite has rolled the whole transaction back."""
+        db.execute("SAVEPOINT one")
+        try:
+            self._value = self._change(db)
+        except Exception as error:
+            if not db.in_transaction:
+                raise
+            db.execute("ROLLBACK TO one")
+            self.error = error
+        db.execute("RELEASE one")
+
+    def value(self) -> T:
+        if self.error is not None:
+            raise self.error
+        return self._value  # type: ignore[return-value]
+
+
+def open_store(config: JobsConfig, port: int) -> "SqliteStore":
+    """The store of the server on this port. Raises StartupError."""
+    return SqliteStore(
+        config.directory(port),
+        max_queued=config.max_queued,
+        max_bytes=config.max_store_mb * 10**6,
+    )
+
+
+class SqliteStore:
+    """See Store. Raises StartupError when the directory can't be used."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        max_queued: int,
+        max_bytes: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._path = directory / "jobs.sqlite"
+        self._max_queued, self._max_bytes, self._clock = max_queued, max_bytes, clock
+        self._writes: deque[_Write[Any]] = deque()
+        self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
+        self._waiters: dict[str, set[threading.Event]] = {}  # of a job; of any job under ""
+        self._waiters_lock = threading.Lock()
+        self._touched: set[str] = set()  # jobs that the transaction has changed
+        self._lock_fd = _lock(directory)
+        try:
+            self._db, self._reader = self._open(), self._open()
+            # Those who held these leases are gone: the lock was theirs.
+            self._db.execute("UPDATE jobs SET lease_until = 0 WHERE status = 'in_progress'")
+        except (OSError, sqlite3.Error) as error:
+            os.close(self._lock_fd)
+            raise StartupError(f"can't keep jobs in {directory}: {error}") from error
+        except StartupError:
+            os.close(self._lock_fd)
+            raise
+
+    def _open(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA journal_size_limit = 67108864")
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version == 0 and not db.execute("SELECT 1 FROM sqlite_master").fetchone():
+            db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
+        elif version != VERSION:
+            raise StartupError(
+                f"{self._path} is not a job file of this version (it says {version}, "
+                f"expected {VERSION}); set jobs.path to another directory"
+            )
+        return db
+
+    def close(self) -> None:
+        with self._write_lock, self._read_lock:
+            self._db.close()
+            self._reader.close()
+            os.close(self._lock_fd)
+
+    # Transactions
+
+    def _write(self, change: Callable[[sqlite3.Connection], T]) -> T:
+        write = _Write(change)
+        self._writes.append(write)
+        with self._write_lock:
+            if not write.done:
+                self._commit_all()
+        return write.value()
+
+    def _commit_all(self) -> None:
+        group: list[_Write[Any]] = []
+        while self._writes:
+            group.append(self._writes.popleft())
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            for write in group:
+                write.run(self._db)
+            self._db.execute("COMMIT")
+        except Exception as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            self._touched.clear()
+            for write in group:
+                write.error = error
+        for write in group:
+            if isinstance(write.error, sqlite3.Error):
+                write.error = _unavailable(write.error)
+            write.done = True
+        self._tell()
+
+    def _tell(self) -> None:
+        with self._waiters_lock:
+            for job_id in self._touched and {*self._touched, ""}:
+                for news in self._waiters.get(job_id, ()):
+                    news.set()
+        self._touched.clear()
+
+    @contextmanager
+    def _waiting(self, job_id: str) -> Iterator[threading.Event]:
+        """An event that is set when the job has changed; any job, for ""."""
+        news = threading.Event()
+        with self._waiters_lock:
+            self._waiters.setdefault(job_id, set()).add(news)
+        try:
+            yield news
+        finally:
+            with self._waiters_lock:
+                self._waiters[job_id].discard(news)
+                if not self._waiters[job_id]:
+                    del self._waiters[job_id]
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._read_lock:
+            try:
+                yield self._reader
+            except sqlite3.Error as error:
+                raise _unavailable(error) from error
+
+    # Store
+
+    def put(self, job: Job) -> Job:
+        def change(db: sqlite3.Connection) -> Job:
+            known = self._named(db, job.once)
+            if known is not None:
+                return known
+            self._check_room(db, job)
+            values = {**msgspec.structs.asdict(job), "once": job.once or None}
+            ended = job.ended
+            values |= {"lease_until": 0.0, "records": 0}
+            values["expires"] = job.created + job.keep_s if ended else None
+            names = ", ".join(values)
+            marks = ", ".join(f":{name}" for name in values)
+            db.execute(f"INSERT INTO jobs ({names}) VALUES ({marks})", values)
+            self._touched.add(job.id)
+            return job
+
+        return self._write(change)
+
+    def _check_room(self, db: sqlite3.Connection, job: Job) -> None:
+        if not job.ended:
+            (queued,) = db.execute(f"SELECT count(*) FROM jobs WHERE {_OPEN}").fetchone()
+            if queued >= self._max_queued:
+                raise Unavailable(
+                    f"{queued} jobs are queued, the limit is {self._max_queued}; try again later",
+                    retry_after=10,
+                )
+        if _used_bytes(db) > self._max_bytes:
+            raise Unavailable(
+                f"stored completions and batches take more than {self._max_bytes // 10**6} MB; "
+                "delete some, or wait until they expire",
+                retry_after=60,
+            )
+
+    def _named(self, db: sqlite3.Connection, once: str) -> Job | None:
+        if not once:
+            return None
+        job = _one(db, "WHERE once = ?", once)
+        if job is not None and job.created + ONCE_S <= self._clock():
+            db.execute("UPDATE jobs SET once = NULL WHERE once = ?", (once,))
+            return None
+        return job
+
+    def claim(self, last: Lane, lease_s: float, timeout_s: float) -> Job | None:
+        end = time.monotonic() + timeout_s
+        with self._waiting("") as news:
+            while True:
+                news.clear()
+                if self._claimable(last) and (job := self._claim(last, lease_s)) is not None:
+                    return job
+                left = end - time.monotonic()
+                if left <= 0 or not news.wait(left):
+                    return None
+
+    _CLAIM = (
+        "WHERE lane <= ? AND (status = 'queued' OR (status = 'in_progress' AND lease_until <= ?)) "
+        f"AND {_OPEN} ORDER BY lane, n LIMIT 1"
+    )
+
+    def _claimable(self, last: Lane) -> bool:
+        with self._reading() as db:
+            query = f"SELECT 1 FROM jobs {self._CLAIM}"
+            return db.execute(query, (last, self._clock())).fetchone() is not None
+
+    def _claim(self, last: Lane, lease_s: float) -> Job | None:
+        def change(db: sqlite3.Connection) -> Job | None:
+            now = self._clock()
+            job = _one(db, self._CLAIM, last, now)
+            if job is None:
+                return None
+            db.execute(
+                "UPDATE jobs SET status = 'in_progress', fence = fence + 1, tries = tries + 1, "
+                "started = coalesce(started, ?), lease_until = ? WHERE id = ?",
+                (now, now + lease_s, job.id),
+            )
+            self._touched.add(job.id)
+            return _one(db, "WHERE id = ?", job.id)
+
+        return self._write(change)
+
+    def renew(self, held: Mapping[str, int], lease_s: float) -> dict[str, Verdict]:
+        def change(db: sqlite3.Connection) -> dict[str, Verdict]:
+            until = self._clock() + lease_s if lease_s else 0.0
+            back = ", tries = 0" if not lease_s else ""
+            verdicts = {}
+            for job_id, fence in held.items():
+                verdicts[job_id] = _verdict(db, job_id, fence)
+                if verdicts[job_id] != "lost":
+                    db.execute(
+                        f"UPDATE jobs SET lease_until = ?{back} WHERE id = ?", (until, job_id)
+                    )
+                    if not lease_s:
+                        self._touched.add(job_id)
+            return verdicts
+
+        return self._write(change) if held else {}
+
+    def append(
+        self, job_id: str, fence: int, records: Sequence[bytes], state: bytes | None = None
+    ) -> Verdict:
+        def change(db: sqlite3.Connection) -> Verdict:
+            verdict = _verdict(db, job_id, fence)
+            if verdict != "lost":
+                self._add(db, job_id, records, state)
+            return verdict
+
+        return self._write(change)
+
+    def _add(
+        self, db: sqlite3.Connection, job_id: str, records: Sequence[bytes], state: bytes | None
+    ) -> None:
+        n, first = db.execute("SELECT n, records FROM jobs WHERE id = ?", (job_id,)).fetchone()
+        rows = ((n, first + i, data) for i, data in enumerate(records))
+        db.executemany("INSERT INTO records VALUES (?, ?, ?)", rows)
+        db.execute(
+            "UPDATE jobs SET records = records + ?, tries = 0, state = coalesce(?, state) "
+            "WHERE n = ?",
+            (len(records), state, n),
+        )
+        self._touched.add(job_id)
+
+    def complete(
+        self,
+        job_id: str,
+        fence: int,
+        status: Status,
+        result: bytes,
+        *,
+        records: Sequence[bytes] = (),
+        state: bytes | None = None,
+        forget_records: bool = False,
+    ) -> bool:
+        def change(db: sqlite3.Connection) -> bool:
+            if _verdict(db, job_id, fence) == "lost":
+                return False
+            self._add(db, job_id, records, state)
+            if forget_records:
+                _delete_records(db, job_id)
+            self._end(db, job_id, status, result)
+            return True
+
+        return self._write(change)
+
+    def _end(self, db: sqlite3.Connection, job_id: str, status: Status, result: bytes) -> None:
+        now = self._clock()
+        db.execute(
+            "UPDATE jobs SET status = ?, result = ?, finished = ?, expires = ? + keep_s "
+            f"WHERE id = ? AND {_OPEN}",
+            (status, result, now, now, job_id),
+        )
+        self._touched.add(job_id)
+
+    def get(self, job_id: str) -> Job | None:
+        with self._reading() as db:
+            return _one(db, "WHERE id = ?", job_id)
+
+    def find(self, once: str) -> Job | None:
+        with self._reading() as db:
+            job = _one(db, "WHERE once = ?", once)
+        forgotten = job is not None and job.created + ONCE_S <= self._clock()
+        return None if forgotten else job
+
+    def read(
+        self, job_id: str, after: int, timeout_s: float = 0.0, limit: int = 1000
+    ) -> tuple[Job | None, list[bytes]]:
+        end = time.monotonic() + timeout_s
+        with self._waiting(job_id) as news:
+            while True:
+                news.clear()
+                job, records = self._read(job_id, after, limit)
+                left = end - time.monotonic()
+                if records or job is None or job.ended or left <= 0:
+                    return job, records
+                news.wait(left)
+
+    def _read(self, job_id: str, after: int, limit: int) -> tuple[Job | None, list[bytes]]:
+        with self._reading() as db:
+            # The job first: when it has ended, all of its records are there.
+            job = _one(db, "WHERE id = ?", job_id)
+            rows = db.execute(
+                "SELECT data FROM records WHERE job = (SELECT n FROM jobs WHERE id = ?) "
+                "AND seq >= ? ORDER BY seq LIMIT ?",
+                (job_id, after, limit),
+            )
+            return job, [data for (data,) in rows]
+
+    def cancel(self, job_id: str) -> Job | None:
+        def change(db: sqlite3.Connection) -> Job | None:
+            job = _one(db, "WHERE id = ?", job_id)
+            if job is None or job.ended or job.cancelled is not None:
+                return job
+            db.execute("UPDATE jobs SET cancelled = ? WHERE id = ?", (self._clock(), job_id))
+            if job.status == "queued":
+                self._end(db, job_id, "cancelled", b"")
+            self._touched.add(job_id)
+            return _one(db, "WHERE id = ?", job_id)
+
+        return self._write(change)
+
+    def delete(self, job_id: str) -> bool:
+        def change(db: sqlite3.Connection) -> bool:
+            _delete_records(db, job_id)
+            found = db.execute("DELETE FROM jobs WHERE id = ?", (job_id,)).rowcount > 0
+            self._touched.add(job_id)
+            return found
+
+        return self._write(change)
+
+    def page(
+        self, kind: Kind, owner: str | None, *, after: str, limit: int, newest: bool
+    ) -> list[Job]:
+        order, beyond = ("DESC", "<") if newest else ("ASC", ">")
+        where, values = "WHERE kind = ?", [str(kind)]
+        if owner is not None:
+            where, values = f"{where} AND owner = ?", [*values, owner]
+        if after:
+            where = f"{where} AND n {beyond} (SELECT n FROM jobs WHERE id = ?)"
+            values = [*values, after]
+        with self._reading() as db:
+            rows = db.execute(
+                f"SELECT {_COLUMNS} FROM jobs {where} ORDER BY n {order} LIMIT ?", (*values, limit)
+            )
+            return [_job(row) for row in rows]
+
+    def counts(self) -> list[Count]:
+        with self._reading() as db:
+            rows = db.execute(
+                "SELECT lane, status, count(*) FROM jobs WHERE kind != 'file' GROUP BY 1, 2"
+            )
+            return [Count(Lane(lane), status, jobs) for lane, status, jobs in rows]
+
+    def sweep(self) -> list[str]:
+        def change(db: sqlite3.Connection) -> list[str]:
+            rows = db.execute(
+                "SELECT id FROM jobs WHERE expires <= ? ORDER BY expires LIMIT ?",
+                (self._clock(), SWEEP_ROWS),
+            ).fetchall()
+            for (job_id,) in rows:
+                _delete_records(db, job_id)
+                db.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
+                self._touched.add(job_id)
+            return [job_id for (job_id,) in rows]
+
+        gone = self._write(change)
+        if gone:
+            with self._write_lock:
+                self._db.execute(f"PRAGMA incremental_vacuum({SWEEP_ROWS})").fetchall()
+        return gone
+
+
+def _job(row: Sequence[Any]) -> Job:
+    values = dict(zip(_FIELDS, row, strict=True))
+    return Job(**{**values, "lane": Lane(values["lane"]), "once": values["once"] or ""})
+
+
+def _one(db: sqlite3.Connection, where: str, *values: Any) -> Job | None:
+    row = db.execute(f"SELECT {_COLUMNS} FROM jobs {where}", values).fetchone()
+    return None if row is None else _job(row)
+
+
+def _verdict(db: sqlite3.Connection, job_id: str, fence: int) -> Verdict:
+    row = db.execute(
+        "SELECT cancelled FROM jobs WHERE id = ? AND fence = ? AND status = 'in_progress'",
+        (job_id, fence),
+    ).fetchone()
+    if row is None:
+        return "lost"
+    return "held" if row[0] is None else "cancelled"
+
+
+def _delete_records(db: sqlite3.Connection, job_id: str) -> None:
+    db.execute("DELETE FROM records WHERE job = (SELECT n FROM jobs WHERE id = ?)", (job_id,))
+
+
+def _used_bytes(db: sqlite3.Connection) -> int:
+    pages, free, size = (
+        db.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("page_count", "freelist_count", "page_size")
+    )
+    return (pages - free) * size
+
+
+def _unavailable(error: sqlite3.Error) -> StoreUnavailable:
+    full = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
+    problem = "the disk is full" if full else f"the job store fails ({error})"
+    return StoreUnavailable(
+        f"{problem}: nothing was accepted; try again later, or tell the operator", retry_after=30
+    )
+
+
+def _lock(directory: Path) -> int:
+    """Take the directory for this process. Raises StartupError."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StartupError(
+            f"can't keep jobs in {directory}: {error.strerror}; set jobs.path to another directory"
+        ) from error
+    end = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except BlockingIOError:
+            if time.monotonic() > end:
+                os.close(fd)
+                raise StartupError(
+                    f"another server keeps its jobs in {directory}; set jobs.path to another"
+                ) from None
+            time.sleep(0.05)
