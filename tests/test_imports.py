@@ -18,6 +18,7 @@ BASE = {
     "nanogpt.config",
     "nanogpt.detokenizer",
     "nanogpt.errors",
+    "nanogpt.jobs_config",
     "nanogpt.log",
     "nanogpt.options",
     "nanogpt.process",
@@ -47,6 +48,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "nanogpt.cluster.process_group": (BASE | {"nanogpt.cluster"}, {"torch"}),
     "nanogpt.api": (BASE | {"nanogpt.api", "nanogpt.cluster.messages"}, set()),
     "nanogpt.api.server": (BASE | {"nanogpt.api"}, {"gunicorn"}),
+    "nanogpt.jobs": (BASE | {"nanogpt.jobs"}, set()),
+    "nanogpt.api.jobs": (BASE | {"nanogpt.api", "nanogpt.jobs"}, set()),
     "nanogpt.data": (BASE | {"nanogpt.data", "nanogpt.model"}, {"numpy", "torch", "tiktoken"}),
     "nanogpt.train": (
         BASE | {"nanogpt.train", "nanogpt.data", "nanogpt.model"},
