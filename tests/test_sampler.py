@@ -7,16 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nanogpt.engine.inverse_cdf import draw, draw_filtered, padded_width
+from nanogpt.engine.cpu.library import load_kernels
+from nanogpt.engine.inverse_cdf import draw, grid, keep, padded_width, shares_of
 from nanogpt.engine.logprobs import likeliest
 from nanogpt.engine.sampler import NO_TOKEN, Sampler, argmax
 from nanogpt.engine.sequence import Sequence
 from nanogpt.engine.token_counts import TokenCounts
-from nanogpt.engine.uniforms import uniforms
+from nanogpt.engine.uniforms import stream_key, uniforms
 from tests.engine_utils import request
 
 CONTEXT = 1024
@@ -24,8 +25,20 @@ ROWS, SIZE = 300, 290  # rows of the matrix, tokens among them
 EOS = 7
 
 
+needs_kernels = pytest.mark.skipif(not load_kernels(), reason="the C++ kernels are not built")
+use_kernels = load_kernels()
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=needs_kernels)], ids=["torch", "kernels"])
+def both(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs with plain torch, and with the C++ sampler."""
+    monkeypatch.setattr(f"{__name__}.use_kernels", request.param)
+
+
 def sampler(size: int = SIZE) -> Sampler:
-    return Sampler(vocab_size=size, eos_token_id=EOS, device=torch.device("cpu"))
+    return Sampler(
+        vocab_size=size, eos_token_id=EOS, device=torch.device("cpu"), kernels=use_kernels
+    )
 
 
 def sequence(
@@ -79,53 +92,168 @@ def test_a_resumed_choice_draws_what_it_would_have_drawn() -> None:
 # Distribution
 
 
+def scaled(logits: Tensor, size: int, scale: float) -> Tensor:
+    """What shares are the exponentials of (count, size): in the kernels' own order of rounding."""
+    x = logits[:, :size]
+    return (x - x.amax(-1, keepdim=True)) * torch.tensor(scale)
+
+
+def shares_in(logits: Tensor, size: int, scale: float = 1.0) -> Tensor:
+    """Shares (count, padded_width(size)) as the subject of the test computes them."""
+    padded = torch.full((len(logits), padded_width(size)), -torch.inf)
+    padded[:, :size] = logits[:, :size]
+    if not use_kernels:
+        return shares_of(padded, torch.full((len(logits),), scale), size)
+    magic = np.float32(grid(size) * 2**23)
+    padded[:, :size] = scaled(logits, size, scale)
+    return torch.ops.nanogpt_cpu.exp_nonpositive(padded).add_(magic).sub_(magic)
+
+
+def reference(
+    shares: Tensor, size: int, u: float, top_k: int = 0, top_p: float = 1, min_p: float = 0
+) -> int:
+    """The definition in integers, one token after the other. Shares are multiples of the grid."""
+    weights = [round(share / grid(size)) for share in shares.tolist()]
+    assert [weight * grid(size) for weight in weights] == shares.tolist()
+    least = float(np.float32(min_p)) / grid(size)
+    ranked = sorted(range(len(weights)), key=lambda i: (-weights[i], i))
+    ranked = [i for i in ranked if weights[i] >= least]
+    ranked = ranked[: top_k or None]
+    nucleus = top_p * float(sum(weights[i] for i in ranked))  # exact but for this product
+    count, mass = 0, 0
+    while not count or (top_p < 1 and mass < nucleus):
+        mass += weights[ranked[count]]
+        count += 1
+    kept = ranked if top_p == 1 else ranked[:count]
+    target, end = u * float(sum(weights[i] for i in kept)), 0
+    for i in sorted(kept):
+        end += weights[i]
+        if end > target:
+            return i
+    return max(i for i in kept if weights[i])  # the product was rounded up to the total
+
+
+FILTERS: list[dict[str, Any]] = [
+    {},
+    {"top_k": 1},
+    {"top_k": 5},
+    {"top_k": 2000},
+    {"top_p": 0.0},
+    {"top_p": 0.3},
+    {"top_p": 0.95},
+    {"top_p": 0.9999},
+    {"min_p": 0.05},
+    {"min_p": 1.0},
+    {"min_p": 1e-8},
+    {"top_p": 0.8, "min_p": 1e-8},
+    {"top_k": 10, "top_p": 0.8, "min_p": 0.02},
+    {"top_k": 150, "top_p": 0.5},
+]
+
+
+@pytest.mark.usefixtures("both")
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+@pytest.mark.parametrize("scale", [0.3, 1.5, 6.0])
+@pytest.mark.parametrize("size", [65, 300, 3000])
+def test_sampling_equals_its_definition_in_integers(
+    size: int, scale: float, filters: dict[str, Any]
+) -> None:
+    """Logits rounded to bfloat16, so that many are equal, also where a filter cuts."""
+    count = 24
+    logits = logits_of(1, seed=size, rows=size, scale=scale).bfloat16().float()
+    shares = shares_in(logits, size, scale=float(np.float32(1 / 0.7)))[0]
+    seqs = [sequence(seed=5, choice=j, temperature=0.7, **filters) for j in range(count)]
+    ids, _ = sampler(size).sample(logits.expand(count, -1).clone(), seqs)
+    want = [reference(shares, size, uniforms(5, 0, j, 1)[0], **filters) for j in range(count)]
+    assert ids == want
+
+
+@needs_kernels
+def test_kernels_and_torch_agree_but_for_the_last_bit_of_exp() -> None:
+    """One draw in a million falls between two roundings; the seed is fixed."""
+    rng = random.Random(3)
+    logits = logits_of(300, rows=3000)
+    seqs = [
+        sequence(
+            choice=choice % 100,
+            temperature=rng.choice([0.5, 1.0]),
+            top_k=rng.choice([0, 40]),
+            top_p=rng.choice([0.9, 1.0]),
+        )
+        for choice in range(300)
+    ]
+    ids = [
+        Sampler(
+            vocab_size=3000, eos_token_id=EOS, device=torch.device("cpu"), kernels=kernels
+        ).sample(logits.clone(), seqs)[0]
+        for kernels in (False, True)
+    ]
+    assert ids[0] == ids[1]
+
+
+@needs_kernels
+def test_the_kernels_draw_the_same_uniforms() -> None:
+    for seed, prompt_i, choice_j in [(0, 0, 0), (-1, 3, 127), (2**63 - 1, 2, 5)]:
+        key = torch.from_numpy(stream_key(seed, prompt_i, choice_j).view(np.int64))
+        numbers = torch.ops.nanogpt_cpu.uniforms(key.repeat(1030, 1), torch.arange(1030))
+        assert numbers.tolist() == uniforms(seed, prompt_i, choice_j, 1030).tolist()
+
+
+@pytest.mark.usefixtures("both")
 def test_chi_square_of_plain_sampling() -> None:
     """5000 draws from a fixed seed; the 99.9 % quantile for 39 degrees of freedom is 72.1."""
     logits = logits_of(1, seed=3, rows=40, scale=1.0)
     count = 5000
-    u = torch.from_numpy(uniforms(11, 0, 0, count))
-    probs = torch.zeros(1, padded_width(40))
-    probs[:, :40] = logits.softmax(-1)
-    ids = draw(probs.expand(count, -1).contiguous(), u)
+    seqs = [sequence(seed=11, choice=choice) for choice in range(count)]
+    ids = torch.tensor(sampler(40).sample(logits.expand(count, -1).clone(), seqs)[0])
     seen = torch.bincount(ids, minlength=40).double()
-    expected = probs[0, :40].double() * count
+    expected = logits[0].softmax(-1).double() * count
     assert float(((seen - expected) ** 2 / expected).sum()) < 72.1
 
 
-@pytest.mark.parametrize("rows", [40, 128, 300, 1000])
-def test_draw_equals_a_walk_over_the_cumulative_sum(rows: int) -> None:
-    probs = torch.zeros(200, padded_width(rows))
-    probs[:, :rows] = logits_of(200, seed=rows, rows=rows).softmax(-1)
-    u = torch.from_numpy(uniforms(1, 0, 0, 200))
-    ids = draw(probs, u)
-    for row in range(200):
-        cdf = np.cumsum(probs[row].double().numpy())
-        slack = 1e-6  # sums are rounded in other places
-        assert cdf[ids[row]] > u[row] * cdf[-1] - slack
-        assert cdf[ids[row]] - float(probs[row, ids[row]]) <= u[row] * cdf[-1] + slack
+EDGES = [0.0, 5e-324, 0.5, 1 - 2**-53, math.nextafter(1, 0)]
 
 
-@settings(max_examples=200, deadline=None)
+@pytest.mark.usefixtures("both")
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    allowed=st.sets(st.integers(0, 299), min_size=1, max_size=4),
-    u=st.sampled_from([0.0, 5e-324, 0.5, 1 - 2**-53, math.nextafter(1, 0)]),
+    allowed=st.sets(st.integers(0, 289), min_size=1, max_size=4),
+    filters=st.sampled_from(FILTERS),
     scale=st.sampled_from([1e-30, 1.0, 50.0]),
 )
-def test_a_token_without_probability_is_never_drawn(
-    allowed: set[int], u: float, scale: float
+def test_a_banned_token_is_never_drawn(
+    allowed: set[int], filters: dict[str, Any], scale: float
 ) -> None:
     logits = torch.full((1, 300), -torch.inf)
     for token_id in allowed:
         logits[0, token_id] = (token_id % 7) * scale
-    probs = torch.zeros(1, padded_width(300))
-    probs[:, :300] = logits.softmax(-1)
-    one = torch.ones(1, dtype=torch.float64)
-    uniform = one * u
-    assert probs[0, int(draw(probs, uniform))] > 0
-    ids = draw_filtered(probs, uniform, torch.tensor([0]), one * 0.999, one * 0)
-    assert probs[0, int(ids)] > 0
+    for choice in range(3):
+        (token_id,) = sample(logits, sequence(choice=choice, **filters))
+        assert token_id in allowed
 
 
+@pytest.mark.parametrize("u", EDGES)
+def test_uniforms_at_the_edges_find_a_token_with_a_share(u: float) -> None:
+    for first, last in [(0, 0), (3, 200), (127, 128), (255, 255)]:
+        shares = torch.zeros(1, 256)
+        shares[0, first : last + 1] = 2.0**-37
+        token_id = int(draw(shares, torch.tensor([u], dtype=torch.float64)))
+        assert first <= token_id <= last
+        assert token_id == last or u < 0.9
+
+
+@pytest.mark.parametrize("size", [1, 2, 63, 64, 65, 128, 50257, 65535, 65536, 10**6])
+def test_shares_are_multiples_of_the_grid_and_sum_up_exactly(size: int) -> None:
+    width = padded_width(size)
+    logits = torch.full((1, width), -torch.inf)
+    logits[0, :size] = logits_of(1, rows=size, scale=8.0)
+    shares = shares_of(logits, torch.ones(1), size)[0].double() / grid(size)
+    assert torch.equal(shares, shares.round())
+    assert float(shares.max()) == 1 / grid(size)
+    assert size / grid(size) < 2**53
+
+
+@pytest.mark.usefixtures("both")
 def test_padding_is_never_sampled() -> None:
     logits = logits_of(4)
     logits[:, SIZE:] = 100.0
@@ -144,74 +272,21 @@ def test_padding_is_never_sampled() -> None:
 # Filters
 
 
-def kept_by(probs: Tensor, top_k: int, top_p: float, min_p: float) -> list[int]:
-    """Ids that may be drawn, likeliest first; written down from the definition."""
-    least = np.float32(min_p) * float(probs.max())
-    values = probs.tolist()
-    ranked = sorted(range(len(values)), key=lambda i: (-values[i], i))
-    ranked = [i for i in ranked if values[i] >= least]
-    if top_k:
-        ranked = ranked[:top_k]
-    mass = math.fsum(values[i] for i in ranked) if top_k or min_p else 1.0
-    kept: list[int] = []
-    above = 0.0
-    for i in ranked:
-        if kept and top_p < 1 and above >= top_p * mass:
-            break
-        kept.append(i)
-        above += values[i]
-    return kept
-
-
-@pytest.mark.parametrize("rows", [300, 3000])
-@pytest.mark.parametrize(
-    ("top_k", "top_p", "min_p"),
-    [
-        (1, 1.0, 0.0),
-        (5, 1.0, 0.0),
-        (2000, 1.0, 0.0),
-        (0, 0.0, 0.0),
-        (0, 0.3, 0.0),
-        (0, 0.95, 0.0),
-        (0, 0.9999, 0.0),
-        (0, 1.0, 0.05),
-        (0, 1.0, 1.0),
-        (0, 1.0, 1e-8),
-        (0, 0.8, 1e-8),
-        (10, 0.8, 0.02),
-        (1500, 0.5, 0.0),
-    ],
-)
-def test_filters_equal_their_definition(rows: int, top_k: int, top_p: float, min_p: float) -> None:
-    count = 400
-    probs = torch.zeros(1, padded_width(rows))
-    probs[:, :rows] = logits_of(1, seed=rows, rows=rows, scale=1.5).softmax(-1)
-    u = torch.linspace(0, 1 - 2**-53, count, dtype=torch.float64)
-    one = torch.ones(count, dtype=torch.float64)
-    ids = draw_filtered(
-        probs.expand(count, -1).contiguous(), u, one.long() * top_k, one * top_p, one * min_p
-    ).tolist()
-    kept = kept_by(probs[0], top_k, top_p, min_p)
-    place = {token_id: i for i, token_id in enumerate(reversed(kept))}
-    assert set(ids) <= set(kept)
-    assert kept[0] in ids
-    # The walk goes from the unlikeliest kept token to the likeliest, in steps of their shares.
-    share = np.array([float(probs[0, i]) for i in reversed(kept)])
-    ends = np.cumsum(share) / share.sum()
-    for uniform, token_id in zip(u.tolist(), ids, strict=True):
-        at = place[token_id]
-        assert ends[at] - share[at] / share.sum() - 1e-6 <= uniform <= ends[at] + 1e-6
-
-
+@pytest.mark.usefixtures("both")
 def test_of_equally_likely_tokens_those_with_lower_ids_are_kept() -> None:
-    probs = torch.zeros(50, padded_width(2000))
-    probs[:, :2000] = 1 / 2000
-    u = torch.linspace(0, 0.999, 50, dtype=torch.float64)
-    one = torch.ones(50, dtype=torch.float64)
-    by_k = draw_filtered(probs, u, one.long() * 3, one, one * 0)
-    assert set(by_k.tolist()) == {0, 1, 2}
-    by_p = draw_filtered(probs, u, one.long() * 0, one * (2.5 / 2000), one * 0)
-    assert set(by_p.tolist()) == {0, 1, 2}
+    logits = torch.zeros(50, 2000)
+    for filters in ({"top_k": 3}, {"top_p": 2.5 / 2000}):
+        seqs = [sequence(choice=choice, **filters) for choice in range(50)]
+        assert {*sampler(2000).sample(logits.clone(), seqs)[0]} == {0, 1, 2}
+
+
+def test_what_is_kept_keeps_its_share() -> None:
+    shares = shares_of(logits_of(2, rows=256), torch.ones(2), 256)
+    filters = [torch.tensor([3, 0]), torch.tensor([1, 1.0]).double(), torch.zeros(2)]
+    kept = keep(shares, *filters)
+    assert int((kept[0] > 0).sum()) == 3
+    assert torch.equal(kept[0][kept[0] > 0], shares[0][kept[0] > 0])
+    assert torch.equal(kept[1], shares[1])
 
 
 # Greedy
@@ -224,6 +299,7 @@ def test_greedy_takes_the_lowest_of_equal_ids() -> None:
     assert argmax(logits).tolist() == [5, 130, 0]
 
 
+@pytest.mark.usefixtures("both")
 @pytest.mark.parametrize("temperature", [1e-6, 1e-300, 1e-3])
 def test_tiny_temperatures_are_greedy_without_overflow(temperature: float) -> None:
     logits = logits_of(1, scale=100.0)
@@ -339,7 +415,8 @@ def test_the_sampled_token_has_the_same_float_in_the_top_list() -> None:
         assert entry.top_logprobs[0] == entry.logprob
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("both")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [SIZE, 300, 384])
 def test_the_width_and_type_of_the_logits_do_not_matter(rows: int, dtype: torch.dtype) -> None:
     logits = torch.full((3, rows), 100.0)
@@ -393,6 +470,7 @@ def random_sequence(rng: random.Random) -> Sequence:
     return sequence(output=output, choice=rng.randrange(3), **params)
 
 
+@pytest.mark.usefixtures("both")
 @pytest.mark.parametrize("rows", [300, 2560])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_row_does_not_depend_on_the_others(rows: int, threads: int) -> None:
@@ -413,6 +491,7 @@ def test_a_row_does_not_depend_on_the_others(rows: int, threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.usefixtures("both")
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_a_row_that_is_no_distribution_leaves_the_others_alone(poison: float) -> None:
     logits = logits_of(3)
@@ -424,3 +503,7 @@ def test_a_row_that_is_no_distribution_leaves_the_others_alone(poison: float) ->
         want = [*expected]
         want[row] = NO_TOKEN
         assert sample(broken, *seqs) == want
+        if poison != -math.inf:  # one is enough
+            broken[row] = logits[row]
+            broken[row, SIZE - 1] = poison
+            assert sample(broken, *seqs) == want

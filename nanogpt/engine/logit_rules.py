@@ -23,6 +23,7 @@ class LogitRules:
         self._penalised = [(row, seq) for row, seq in enumerate(seqs) if _has_penalty(seq)]
         self._biased = [(row, seq) for row, seq in enumerate(seqs) if seq.params.logit_bias]
         self._minimum = [(row, seq) for row, seq in enumerate(seqs) if seq.params.min_tokens]
+        self.exist = bool(self._penalised or self._biased or self._minimum)
 
     def apply(self, logits: Tensor) -> None:
         """Change contiguous logits (B, V), in place."""

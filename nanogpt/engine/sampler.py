@@ -4,11 +4,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanogpt.engine.inverse_cdf import WIDTH, draw, draw_filtered, padded_width
+from nanogpt.engine.cpu.library import load_kernels
+from nanogpt.engine.inverse_cdf import WIDTH, draw, keep, padded_width, shares_of
 from nanogpt.engine.logit_rules import LogitRules
 from nanogpt.engine.logprobs import Logprobs
 from nanogpt.engine.sequence import Sequence
-from nanogpt.engine.uniforms import uniforms
+from nanogpt.engine.uniforms import stream_key, uniforms
 from nanogpt.request import TokenLogprobs
 
 NO_TOKEN = -1  # there is none to sample
@@ -19,13 +20,23 @@ class Sampler:
     """Samples for one model. Keeps its buffers, and what it knows of the last batch, for the next.
 
     The first `vocab_size` logits of a row are tokens; whatever comes after them is padding.
+    `kernels` says whether to use the C++ sampler; by default that is done where there is one.
     """
 
-    def __init__(self, *, vocab_size: int, eos_token_id: int | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        eos_token_id: int | None,
+        device: torch.device,
+        kernels: bool | None = None,
+    ) -> None:
         self._vocab_size, self._eos_token_id, self._device = vocab_size, eos_token_id, device
+        if kernels is None:
+            kernels = device.type == "cpu" and load_kernels()
+        self._has_kernels = kernels
         width = padded_width(vocab_size)
-        self._logits, self._probs = _Buffer(width, device), _Buffer(width, device)
-        self._logprobs = _Buffer(width, device)
+        self._logits, self._logprobs = _Buffer(width, device), _Buffer(width, device)
         self._plan = _Plan([], eos_token_id, device)
 
     def sample(
@@ -37,22 +48,20 @@ class Sampler:
         not finite, or in which every token is banned, gets NO_TOKEN.
         """
         plan = self._plan_for(seqs)
-        logits = self._without_padding(logits)
         reports = None
+        if plan.report or plan.rules.exist or not self._has_kernels:
+            logits = self._without_padding(logits)
         if plan.report:
             rows = torch.tensor(plan.report, device=self._device)
             reports = self._report(_select(logits, plan.report), top=any(plan.report_counts))
         plan.rules.apply(logits)
-        broken = ~logits.amax(-1).isfinite()
-        if bool(broken.any()):
-            logits[broken] = 0  # no distribution: let it pass without harm
         token_ids = self._choose(logits, plan)
         logprobs: list[TokenLogprobs | None] = [None] * len(seqs)
         if reports:
-            entries = reports.of(token_ids[rows], plan.report_counts)
+            entries = reports.of(token_ids[rows].clamp_(min=0), plan.report_counts)
             for row, entry in zip(plan.report, entries, strict=True):
                 logprobs[row] = entry
-        return token_ids.masked_fill_(broken, NO_TOKEN).tolist(), logprobs
+        return token_ids.tolist(), logprobs
 
     def logprobs(self, logits: Tensor, *, top: bool) -> Logprobs:
         """Log probabilities for the model's own logits (R, at least vocab_size).
@@ -84,27 +93,37 @@ class Sampler:
         return self._plan
 
     def _choose(self, logits: Tensor, plan: "_Plan") -> Tensor:
-        """Token ids (B,): each kind of rows in its own way."""
-        token_ids = torch.empty(len(logits), dtype=torch.long, device=self._device)
-        uniform = plan.uniforms()
-        if plan.greedy:
-            token_ids[plan.greedy] = argmax(_select(logits, plan.greedy))
-        if plan.plain:
-            probs = self._softmax(logits, plan.plain, plan.temperature)
-            token_ids[plan.plain] = draw(probs, uniform[plan.plain])
-        if plan.filtered:
-            probs = self._softmax(logits, plan.filtered, plan.temperature)
-            token_ids[plan.filtered] = draw_filtered(
-                probs, uniform[plan.filtered], plan.top_k, plan.top_p, plan.min_p
-            )
-        return token_ids
+        """Token ids (B,), NO_TOKEN where there is none."""
+        if not self._has_kernels:
+            return _choose_in_torch(logits, plan, self._vocab_size)
+        return torch.ops.nanogpt_cpu.sample(
+            logits,
+            self._vocab_size,
+            plan.keys,
+            torch.tensor(plan.positions()),
+            plan.scale,
+            plan.top_k,
+            plan.top_p,
+            plan.min_p,
+        )
 
-    def _softmax(self, logits: Tensor, rows: list[int], temperature: Tensor | None) -> Tensor:
-        """Probabilities of these rows at their temperatures, in the sampler's buffer."""
-        logits = _select(logits, rows)
-        if temperature is not None:
-            logits.div_(temperature[rows].unsqueeze(1))
-        return torch.softmax(logits, -1, out=self._probs.get(len(logits)))
+
+def _choose_in_torch(logits: Tensor, plan: "_Plan", vocab_size: int) -> Tensor:
+    """Token ids (B,) from logits without padding, which are overwritten: each kind of rows in its
+    own way."""
+    token_ids = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+    broken = ~logits.amax(-1).isfinite()
+    if bool(broken.any()):
+        logits[broken] = 0  # no distribution: let it pass without harm
+    if plan.greedy:
+        token_ids[plan.greedy] = argmax(_select(logits, plan.greedy))
+    if plan.random:
+        rows = plan.random
+        shares = shares_of(_select(logits, rows), plan.scale[rows], vocab_size)
+        if plan.is_filtered:
+            shares = keep(shares, plan.top_k[rows], plan.top_p[rows], plan.min_p[rows])
+        token_ids[rows] = draw(shares, plan.uniforms())
+    return token_ids.masked_fill_(broken, NO_TOKEN)
 
 
 class _Buffer:
@@ -131,22 +150,28 @@ class _Plan:
         self.rules = LogitRules(seqs, eos_token_id, device)
         self.report = [row for row, seq in enumerate(seqs) if seq.params.logprobs is not None]
         self.report_counts = [seqs[row].params.logprobs or 0 for row in self.report]
-        self.greedy = [row for row, seq in enumerate(seqs) if seq.params.is_greedy]
-        random = [row for row, seq in enumerate(seqs) if not seq.params.is_greedy]
-        self.plain = [row for row in random if not _is_filtered(seqs[row])]
-        self.filtered = [row for row in random if _is_filtered(seqs[row])]
-        temperatures = [max(seq.params.temperature, MIN_TEMPERATURE) for seq in seqs]
-        self.temperature = None  # 1 everywhere
-        if any(seqs[row].params.temperature != 1 for row in random):
-            self.temperature = torch.tensor(temperatures, dtype=torch.float32, device=device)
-        chosen = [seqs[row].params for row in self.filtered]
-        self.top_k = torch.tensor([p.top_k for p in chosen], dtype=torch.long, device=device)
-        self.top_p = torch.tensor([p.top_p for p in chosen], dtype=torch.float64, device=device)
-        self.min_p = torch.tensor([p.min_p for p in chosen], dtype=torch.float64, device=device)
+        params = [seq.params for seq in seqs]
+        self.greedy = [row for row, p in enumerate(params) if p.is_greedy]
+        self.random = [row for row, p in enumerate(params) if not p.is_greedy]
+        self.is_filtered = any(p.top_k or p.top_p < 1 or p.min_p for p in params)
+        keys = [stream_key(seq.params.seed, seq.prompt_i, seq.choice_j) for seq in seqs]
+        self.keys = torch.from_numpy(
+            np.array(keys, np.uint64).view(np.int64)
+        )  # (B, 2), on the host
+        # 1 / temperature, 0 for greedy rows; all of these are (B,).
+        scale = [0.0 if p.is_greedy else 1 / max(p.temperature, MIN_TEMPERATURE) for p in params]
+        self.scale = torch.tensor(scale, dtype=torch.float32, device=device)
+        self.top_k = torch.tensor([p.top_k for p in params], dtype=torch.long, device=device)
+        self.top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
+        self.min_p = torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device)
+
+    def positions(self) -> list[int]:
+        """Where in its stream each row is."""
+        return [seq.output_len for seq in self.seqs]
 
     def uniforms(self) -> Tensor:
-        """The next uniform of every row (B,), float64; 0 for greedy ones."""
-        row = np.array([_uniform(seq) for seq in self.seqs])
+        """The next uniform of every random row (R,), float64."""
+        row = np.array([_uniform(self.seqs[row]) for row in self.random])
         return torch.from_numpy(row).to(self._device, non_blocking=True)
 
 
@@ -159,14 +184,7 @@ def argmax(logits: Tensor) -> Tensor:
     return block * WIDTH + blocks[rows, block].argmax(-1)
 
 
-def _is_filtered(seq: Sequence) -> bool:
-    p = seq.params
-    return bool(p.top_k or p.top_p < 1 or p.min_p)
-
-
 def _uniform(seq: Sequence) -> float:
-    if seq.params.is_greedy:
-        return 0.0
     if seq.uniforms is None:
         seq.uniforms = uniforms(seq.params.seed, seq.prompt_i, seq.choice_j, seq.max_new)
     return seq.uniforms[seq.output_len]

@@ -7,9 +7,7 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
-SOURCES = [
-    FOLDER / name for name in ("attention.cpp", "attention.h", "tiles.h", "vec.h", "build.py")
-]
+SOURCES = sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h"), FOLDER / "build.py"])
 
 
 def _cpu_features() -> str:
