@@ -1,7 +1,9 @@
-"""Packed linear layers, and whole networks on the CPU kernels: bit for bit in any batch."""
+"""Linear layers on our kernels, and whole networks on them: bit for bit in any batch."""
 
+import math
 import random
 import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,29 +13,34 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanogpt.engine.attention import AttentionMetadata, PagedAttend, Span, allocate_kv_cache
+from nanogpt.engine.cpu import linear as linear_module
 from nanogpt.engine.cpu.library import load_kernels
-from nanogpt.engine.cpu.linear import (
-    EXACT_ROWS,
-    PackedLinear,
-    can_pack,
-    pack_model,
-    padded_rows,
-    rows_are_independent,
-)
+from nanogpt.engine.cpu.linear import GELU, PackedLinear, pack_model
+from nanogpt.engine.cpu.onednn import OneDNNLinear, has_products
 from nanogpt.model.gpt import GPT, CausalAttend, GPTConfig
 
-needs_packing = pytest.mark.skipif(
-    not can_pack(torch.float32), reason="this CPU has no packed products"
-)
 needs_kernels = pytest.mark.skipif(not load_kernels(), reason="the C++ kernels are not built")
+needs_onednn = pytest.mark.skipif(
+    not has_products(torch.float32), reason="this CPU has no packed products"
+)
 BLOCK = 16
-SHAPES = [(384, 1152), (384, 384), (1536, 384), (128, 512), (512, 128), (128, 65), (768, 2304)]
-# GPT-2's own, from small to xl, and the vocabulary with and without padding.
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Of final hidden states: keys and values are rounded to the type of the weights.
+KV_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 5e-2}
+# Of our own models, one with neither side a multiple of anything, and GPT-2's from small to xl.
+SHAPES = [(384, 1152), (1536, 384), (97, 65), (768, 2304)]
 GPT2_SHAPES = [
     *((c * k, c * n) for c in (768, 1024, 1280, 1600) for k, n in ((1, 3), (1, 1), (1, 4), (4, 1))),
     (768, 50304),
     (768, 50257),
 ]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def small_gpt(
@@ -56,60 +63,119 @@ def small_gpt(
     return model.to(dtype).eval()
 
 
-def test_padded_rows() -> None:
-    assert [padded_rows(n) for n in (1, 2, 3, 64)] == [2, 2, 3, 64]
-    assert [padded_rows(n) for n in (65, 72, 73, 600)] == [72, 72, 80, 600]
+def random_linear(inputs: int, outputs: int, dtype: torch.dtype, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(inputs * outputs)
+    return nn.Linear(inputs, outputs, bias=bias).to(dtype)
 
 
-@needs_packing
+@needs_kernels
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("gelu", [None, "none", "tanh"])
-@pytest.mark.parametrize("shape", [(1,), (5,), (EXACT_ROWS + 3,), (2, 3), (1, 1)])
+@pytest.mark.parametrize("shape", [(1,), (5,), (67,), (2, 3), (1, 1), (0,)])
 @torch.inference_mode()
-def test_agrees_with_linear_and_gelu(shape: tuple[int, ...], gelu: str | None, bias: bool) -> None:
-    torch.manual_seed(1)
-    linear = nn.Linear(96, 65, bias=bias)
+def test_agrees_with_linear_and_gelu(
+    shape: tuple[int, ...], gelu: str | None, bias: bool, dtype: torch.dtype
+) -> None:
+    linear = random_linear(96, 65, dtype, bias)
     x = torch.randn(*shape, 96)
-    expected = linear(x) if gelu is None else F.gelu(linear(x), approximate=gelu)
-    ours = PackedLinear(linear, gelu)(x)
-    assert ours.shape == expected.shape
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    exact = linear.double()(x.double())
+    expected = exact if gelu is None else F.gelu(exact, approximate=gelu)
+    ours = PackedLinear(linear.to(dtype), gelu)(x)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=2e-6)
 
 
-@needs_packing
+@needs_kernels
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (7, 33), (3072, 31), (97, 65)])
+@torch.inference_mode()
+def test_sizes_that_fill_no_panel(inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    linear = random_linear(inputs, outputs, dtype)
+    # Neighbours of what a row may read, and strides: columns of a larger tensor.
+    x = torch.full((40, inputs + 5), math.nan)
+    x[:, 2:-3] = torch.randn(40, inputs)
+    expected = linear.double()(x[:, 2:-3].double())
+    ours = PackedLinear(linear.to(dtype))(x[:, 2:-3])
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_is_right_to_the_last_bits(approximate: str) -> None:
+    x = torch.cat([torch.linspace(-15, 15, 2**16), torch.logspace(-30, 30, 2**12)])
+    expected = F.gelu(x.double(), approximate=approximate)
+    ours = torch.ops.nanogpt_cpu.gelu(x, GELU[approximate])
+    # Relative to the value, or where x is below -1 and little is left, absolute.
+    torch.testing.assert_close(ours.double(), expected, rtol=4e-7, atol=4e-7)
+    odd = torch.tensor([math.nan, math.inf, 0.0, -1e30] * 4)
+    ours = torch.ops.nanogpt_cpu.gelu(odd, GELU[approximate])[:4]
+    torch.testing.assert_close(ours, torch.tensor([math.nan, math.inf, 0, 0]), equal_nan=True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(
     ("inputs", "outputs"),
     [*SHAPES, *(pytest.param(*shape, marks=pytest.mark.large) for shape in GPT2_SHAPES)],
 )
 @torch.inference_mode()
-def test_a_row_is_the_same_to_the_bit_among_any_others(inputs: int, outputs: int) -> None:
-    torch.manual_seed(2)
-    linear = PackedLinear(nn.Linear(inputs, outputs), "tanh")
+def test_a_row_is_the_same_to_the_bit_among_any_others(
+    inputs: int, outputs: int, dtype: torch.dtype, threads: None
+) -> None:
+    linear = PackedLinear(random_linear(inputs, outputs, dtype), "tanh")
     x = torch.randn(300, inputs)
-    before = torch.get_num_threads()
     expected = linear(x)
-    try:
-        for threads in (1, 2, 4):
-            torch.set_num_threads(threads)
-            for rows in (*range(1, 20), 31, 32, 33, 63, 64, 65, 100, 255, 300):
-                first = (7 * rows) % (301 - rows)
-                ours = linear(x[first : first + rows])
-                assert torch.equal(ours, expected[first : first + rows]), (threads, rows)
-    finally:
-        torch.set_num_threads(before)
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        for rows in (*range(1, 71), 100, 255, 300):
+            first = (7 * rows) % (301 - rows)
+            ours = linear(x[first : first + rows])
+            assert torch.equal(ours, expected[first : first + rows]), (count, rows)
 
 
-def test_dependence_on_the_batch_is_noticed() -> None:
-    class Centred(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x - x.mean(0))
+@needs_kernels
+@torch.inference_mode()
+def test_the_residual_is_added_and_may_be_the_result() -> None:
+    linear = random_linear(96, 65, torch.float32)
+    x, residual = torch.randn(30, 96), torch.randn(30, 65)
+    packed = torch.ops.nanogpt_cpu.pack_weight(linear.weight)
+    ours = torch.ops.nanogpt_cpu.linear(x, packed, linear.bias, 65, GELU["none"], residual)
+    torch.testing.assert_close(ours, residual + F.gelu(linear(x)), rtol=1e-5, atol=2e-6)
 
-    assert not rows_are_independent(Centred(32, 32), 32, torch.float32)
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": torch.zeros(3, 95)}, "x must be"),
+        ({"x": torch.zeros(3, 96).half()}, "x must be"),
+        ({"outputs": 97}, "don't fill"),
+        ({"bias": torch.zeros(64)}, "bias and residual"),
+        ({"residual": torch.zeros(3, 64)}, "bias and residual"),
+        ({"packed": torch.zeros(3, 96, 32, 2)}, "x must be"),
+        ({"packed": torch.zeros(3, 48, 32, 2)}, "in groups of 2"),
+        ({"packed": torch.zeros(3, 96, 32, 1).long()}, "no products for"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, object], words: str) -> None:
+    good = {
+        "x": torch.zeros(3, 96),
+        "packed": torch.zeros(3, 96, 32, 1),
+        "bias": torch.zeros(65),
+        "outputs": 65,
+        "gelu": 0,
+        "residual": None,
+    }
+    torch.ops.nanogpt_cpu.linear(**good)
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.nanogpt_cpu.linear(**(good | change))
 
 
-@needs_packing
-def test_packing_drops_the_unpacked_weights() -> None:
-    model = small_gpt()
+@needs_kernels
+@pytest.mark.parametrize("dtype", TYPES)
+def test_packing_drops_the_unpacked_weights(dtype: torch.dtype) -> None:
+    model = small_gpt(dtype)
     weights = [weakref.ref(m.weight) for m in model.h.modules() if isinstance(m, nn.Linear)]
     embedding = model.wte.weight.clone()
     pack_model(model)
@@ -117,28 +183,52 @@ def test_packing_drops_the_unpacked_weights() -> None:
     assert not any(ref() is not None for ref in weights)
     assert not any(isinstance(m, nn.Linear) for m in model.modules())
     assert torch.equal(model.wte.weight, embedding)
+    assert model.wte.weight.dtype == dtype
 
 
-@needs_packing
+@needs_kernels
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 @pytest.mark.parametrize("bias", [True, False])
 @torch.inference_mode()
-def test_a_packed_model_is_the_model(activation: str, bias: bool) -> None:
-    model = small_gpt(activation=activation, bias=bias)
+def test_a_packed_model_is_the_model(activation: str, bias: bool, dtype: torch.dtype) -> None:
+    """In float32 arithmetic, whatever type the weights are kept in."""
+    model = small_gpt(dtype, activation, bias)
     ids = torch.randint(65, (2, 50))
-    expected = model(ids, CausalAttend())
+    expected = model.float()(ids, CausalAttend())
+    model.to(dtype)
     pack_model(model)
     torch.testing.assert_close(model(ids, CausalAttend()), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_without_packed_products_the_model_stays(
+@needs_onednn
+@pytest.mark.parametrize("dtype", TYPES)
+@torch.inference_mode()
+def test_without_our_kernels_onednn_multiplies(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_module, "load_kernels", lambda: False)
+    monkeypatch.setattr(linear_module, "multiplies_natively", lambda dtype: False)
+    model = small_gpt(dtype)
+    ids = torch.randint(65, (2, 50))
+    expected = model.float()(ids, CausalAttend())
+    model.to(dtype)
+    pack_model(model)
+    assert isinstance(model.lm_head, OneDNNLinear)
+    torch.testing.assert_close(model(ids, CausalAttend()), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_without_packed_products_torch_multiplies(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("nanogpt.engine.cpu.linear.can_pack", lambda dtype: False)
-    model = small_gpt()
+    monkeypatch.setattr(linear_module, "load_kernels", lambda: False)
+    monkeypatch.setattr("nanogpt.engine.cpu.onednn.has_products", lambda dtype: False)
+    model = small_gpt(torch.bfloat16)
     pack_model(model)
     assert isinstance(model.lm_head, nn.Linear)
-    assert "no packed products for torch.float32" in caplog.text
+    assert model(torch.zeros(1, 1, dtype=torch.long), CausalAttend()).dtype == torch.float32
+    assert "no packed products" in caplog.text
 
 
 def hidden_in_chunks(model: GPT, texts: list[Tensor], rng: random.Random) -> list[Tensor]:
@@ -163,27 +253,26 @@ def hidden_in_chunks(model: GPT, texts: list[Tensor], rng: random.Random) -> lis
     return [torch.cat(part) for part in parts]
 
 
-@needs_packing
 @needs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", TYPES)
 @settings(max_examples=20, deadline=None)
 @given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=5), seed=st.integers(0, 99))
 @torch.inference_mode()
 def test_a_network_is_the_same_to_the_bit_in_any_chunks(
     dtype: torch.dtype, lengths: list[int], seed: int
 ) -> None:
-    if not can_pack(dtype):
-        pytest.skip(f"this CPU has no packed products for {dtype}")
     rng = random.Random(seed)
     model = small_gpt(dtype)
     texts = [torch.randint(65, (length,)) for length in lengths]
+    model.float()
     reference = [model.hidden(t, torch.arange(len(t)), CausalAttend()) for t in texts]
+    model.to(dtype)
     pack_model(model)
     first = hidden_in_chunks(model, texts, rng)
     second = hidden_in_chunks(model, texts, rng)
     alone = [hidden_in_chunks(model, [text], rng)[0] for text in texts]
     logits = [model.lm_head(rows) for rows in first]
-    tolerance = 1e-4 if dtype == torch.float32 else 0.15
+    tolerance = KV_TOLERANCE[dtype]
     for i in range(len(texts)):
         torch.testing.assert_close(first[i], reference[i], rtol=tolerance, atol=tolerance)
         assert torch.equal(first[i], second[i])

@@ -49,10 +49,10 @@ Tiles<T> tiles_of(const at::Tensor& x) {
 
 // Checks a cache of tiles (height, width) each, that lie one after the other in a head of a block.
 void check_cache(const at::Tensor& x, const at::Tensor& q, int64_t height, int64_t width) {
-  TORCH_CHECK(x.device().is_cpu() && x.scalar_type() == q.scalar_type() && x.dim() == 5 &&
+  TORCH_CHECK(x.device().is_cpu() && x.dim() == 5 &&
                   x.size(1) == q.size(1) && x.size(3) == height && x.size(4) == width &&
                   x.stride(2) == height * width && x.stride(3) == width && x.stride(4) == 1,
-              "a cache must be typed like q and (num_blocks, n_head, tiles, ", height, ", ", width,
+              "a cache must be (num_blocks, n_head, tiles, ", height, ", ", width,
               ")");
 }
 
@@ -69,8 +69,9 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::T
   const int64_t padded = (head_size + kLanes - 1) / kLanes * kLanes;
   check_cache(key, q, head_size, kLanes);
   check_cache(value, q, kLanes, padded);
-  TORCH_CHECK(key.size(0) == value.size(0) && key.size(2) == value.size(2),
-              "key and value cache must have the same blocks");
+  TORCH_CHECK(key.size(0) == value.size(0) && key.size(2) == value.size(2) &&
+                  key.scalar_type() == value.scalar_type(),
+              "key and value cache must have the same type and blocks");
   TORCH_CHECK(positions.numel() == rows && slots.numel() == rows && sequence_of.numel() == rows &&
                   block_tables.dim() == 2,
               "metadata must describe every row of q");
@@ -87,18 +88,25 @@ at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& k, const at::T
                   static_cast<int>(key.size(2) * kLanes)};
   check_indices(step, key.size(0), block_tables.size(0));
   at::Tensor out = at::empty({rows, n_head, head_size}, q.options());
-  const auto run_as = [&](auto element) {
+  const auto run_as = [&](auto row, auto element) {
+    using A = decltype(row);
     using T = decltype(element);
-    run(Layer<T>{rows_of<T>(q), rows_of<T>(k), rows_of<T>(v), rows_of<T>(out), tiles_of<T>(key),
-                 tiles_of<T>(value), static_cast<int>(n_head), static_cast<int>(head_size),
-                 static_cast<int>(padded), 1.0f / std::sqrt(static_cast<float>(head_size))},
+    run(Layer<A, T>{rows_of<A>(q), rows_of<A>(k), rows_of<A>(v), rows_of<A>(out), tiles_of<T>(key),
+                    tiles_of<T>(value), static_cast<int>(n_head), static_cast<int>(head_size),
+                    static_cast<int>(padded), 1.0f / std::sqrt(static_cast<float>(head_size))},
         step);
   };
-  switch (q.scalar_type()) {
-    case at::kFloat: run_as(float()); break;
-    case at::kBFloat16: run_as(c10::BFloat16()); break;
-    case at::kHalf: run_as(c10::Half()); break;
-    default: TORCH_CHECK(false, "no attention for ", q.scalar_type());
+  // Rows in float32 or in the type of the cache.
+  const auto run_with = [&](auto element) {
+    if (q.scalar_type() == at::kFloat) return run_as(float(), element);
+    TORCH_CHECK(q.scalar_type() == key.scalar_type(), "q must be float32 or typed like the cache");
+    run_as(element, element);
+  };
+  switch (key.scalar_type()) {
+    case at::kFloat: run_with(float()); break;
+    case at::kBFloat16: run_with(c10::BFloat16()); break;
+    case at::kHalf: run_with(c10::Half()); break;
+    default: TORCH_CHECK(false, "no attention over ", key.scalar_type());
   }
   return out;
 }
@@ -115,7 +123,7 @@ at::Tensor exp_of(const at::Tensor& x) {
 }  // namespace
 }  // namespace nanogpt
 
-TORCH_LIBRARY(nanogpt_cpu, m) {
+TORCH_LIBRARY_FRAGMENT(nanogpt_cpu, m) {
   m.def(
       "paged_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) key, Tensor(b!) value, "
       "Tensor positions, Tensor slots, Tensor block_tables, Tensor sequence_of) -> Tensor");

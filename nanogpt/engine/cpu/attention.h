@@ -95,25 +95,26 @@ struct Rows {
   T* at(int row, int head) const { return data + row * row_stride + head * head_stride; }
 };
 
-template <typename T>
+// Queries, keys and values come as A, and are kept as T.
+template <typename A, typename T>
 struct Layer {
-  Rows<T> q, k, v, out;
+  Rows<A> q, k, v, out;
   Tiles<T> key, value;
   int n_head, head_size, padded;
   float scale;
 };
 
-template <typename T>
-void write(const Layer<T>& layer, const Step& step, int head, int begin, int end) {
+template <typename A, typename T>
+void write(const Layer<A, T>& layer, const Step& step, int head, int begin, int end) {
   for (int row = begin; row < end; row++) {
     const int32_t block = static_cast<int32_t>(step.slots[row] / step.block_size);
     const int offset = static_cast<int>(step.slots[row] % step.block_size);
     const int tile = offset / kLanes, lane = offset % kLanes;
-    const T* k = layer.k.at(row, head);
+    const A *k = layer.k.at(row, head), *v = layer.v.at(row, head);
     T* key = layer.key.at(block, head, tile) + lane;
-    for (int d = 0; d < layer.head_size; d++) key[d * kLanes] = k[d];
     T* value = layer.value.at(block, head, tile) + lane * layer.padded;
-    std::copy_n(layer.v.at(row, head), layer.head_size, value);
+    for (int d = 0; d < layer.head_size; d++) key[d * kLanes] = static_cast<T>(k[d]);
+    for (int d = 0; d < layer.head_size; d++) value[d] = static_cast<T>(v[d]);
   }
 }
 
@@ -134,8 +135,8 @@ struct Scratch {
 };
 
 // Where tiles begin..end-1 of a row's keys and values are.
-template <typename T>
-void find_tiles(const Layer<T>& layer, const int32_t* table, int head, int begin, int end,
+template <typename A, typename T>
+void find_tiles(const Layer<A, T>& layer, const int32_t* table, int head, int begin, int end,
                 Scratch<T>& s) {
   for (int tile = begin; tile < end; tile++) {
     const int32_t block = table[tile / layer.key.tiles_of_block];
@@ -146,10 +147,10 @@ void find_tiles(const Layer<T>& layer, const int32_t* table, int head, int begin
 
 inline int tiles_for(int keys) { return (keys + kLanes - 1) / kLanes; }
 
-template <typename T>
-void attend(const Layer<T>& layer, const Step& step, const Group& g, int head, Scratch<T>& s) {
+template <typename A, typename T>
+void attend(const Layer<A, T>& layer, const Step& step, const Group& g, int head, Scratch<T>& s) {
   for (int r = 0; r < g.rows; r++) {
-    const T* q = layer.q.at(g.first + r, head);
+    const A* q = layer.q.at(g.first + r, head);
     for (int d = 0; d < layer.head_size; d++)
       s.q[r * kQueryStride + d] = static_cast<float>(q[d]) * layer.scale;
   }
@@ -180,8 +181,8 @@ void attend(const Layer<T>& layer, const Step& step, const Group& g, int head, S
     const float* p = s.scores.get() + r * s.stride;
     float* out = s.out.get() + r * layer.padded;
     mix(p, s.stride, 1, s.values.data(), layer.padded, common, step.keys_of(g.first + r), out);
-    T* y = layer.out.at(g.first + r, head);
-    for (int d = 0; d < layer.head_size; d++) y[d] = static_cast<T>(out[d] / sums[r]);
+    A* y = layer.out.at(g.first + r, head);
+    for (int d = 0; d < layer.head_size; d++) y[d] = static_cast<A>(out[d] / sums[r]);
   }
 }
 
@@ -198,8 +199,8 @@ void share_out(int64_t count, const Make& make, const F& f) {
   });
 }
 
-template <typename T>
-void run(const Layer<T>& layer, const Step& step) {
+template <typename A, typename T>
+void run(const Layer<A, T>& layer, const Step& step) {
   constexpr int kChunk = 64;
   const int chunks = (step.rows + kChunk - 1) / kChunk;
   share_out(

@@ -1,78 +1,65 @@
-"""Linear layers with their weights packed once, for CPUs.
+"""A loaded network made fast on a CPU: weights packed once, arithmetic in float32.
 
-oneDNN lays a packed weight out in the blocks that its kernels read, so a product runs at the speed
-of memory; `F.linear` would lay it out anew in every call. The packed products are also the same to
-the bit for each row, whatever other rows there are, from two rows up and for any number of threads.
-One row alone goes through another kernel with other bits, so there are always at least two.
+Weights stay in the type they were loaded in, which is what a small batch waits for; our kernels
+(product.h) widen them in registers, exactly. Everything between the products is float32. A row's
+answer is the same to the bit whatever other rows there are.
 """
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanogpt.engine.cpu import onednn
+from nanogpt.engine.cpu.library import load_kernels
 from nanogpt.model.gpt import GPT, MLP
 
 log = logging.getLogger(__name__)
 
-# Each new number of rows costs oneDNN about 2 ms of compiling, once, and a place among the 1024
-# kernels that it keeps. Decode batches come in few sizes; prefill, with larger ones, is rounded.
-EXACT_ROWS, ROW_STEP = 64, 8
-
-
-def padded_rows(rows: int) -> int:
-    """How many rows a product is computed with, so that `rows` of them are wanted."""
-    return max(2, rows) if rows <= EXACT_ROWS else -(-rows // ROW_STEP) * ROW_STEP
+GELU = {None: 0, "none": 1, "tanh": 2}  # enum class Gelu of gelu.h
 
 
 class PackedLinear(nn.Module):
-    """y = x W^T + b of an nn.Linear, then GELU if asked: (..., in) to (..., out). Inference only.
+    """y = x W^T + b of an nn.Linear, then GELU if asked: (..., in) to (..., out), float32.
 
-    `gelu` is the `approximate` of nn.GELU ("none" or "tanh"); None means no activation.
+    The weights keep the type of `linear`: float32, bfloat16 or float16. `gelu` is the `approximate`
+    of nn.GELU ("none" or "tanh"); None means no activation. Inference only.
     """
 
     def __init__(self, linear: nn.Linear, gelu: str | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        # The number of rows is left open (None); the layout must fit all of them.
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
-        self._bias = None if linear.bias is None else linear.bias.detach()
-        self._post: tuple[str, list[float], str]
-        self._post = ("none", [], "") if gelu is None else ("gelu", [], gelu)
+        self._weight = torch.ops.nanogpt_cpu.pack_weight(linear.weight.detach().contiguous())
+        self._bias = None if linear.bias is None else linear.bias.detach().float()
+        self._gelu = GELU[gelu]
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self._post[0]}"
+        return f"in_features={self.in_features}, out_features={self.out_features}"
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // self.in_features
-        extra = padded_rows(rows) - rows
-        if not extra:
-            return self._product(x)
-        flat = F.pad(x.reshape(rows, self.in_features), (0, 0, 0, extra))
-        return self._product(flat)[:rows].view(*x.shape[:-1], self.out_features)
-
-    def _product(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, *self._post)
+        flat = x.reshape(-1, self.in_features)
+        y = torch.ops.nanogpt_cpu.linear(
+            flat, self._weight, self._bias, self.out_features, self._gelu, None
+        )
+        return y.view(*x.shape[:-1], self.out_features)
 
 
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this machine has packed products for weights of this type."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32
+class WideEmbedding(nn.Module):
+    """Rows of a table that stays in its own type, as float32: (...) int64 to (..., C)."""
+
+    def __init__(self, table: nn.Embedding) -> None:
+        super().__init__()
+        self.weight = table.weight
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return F.embedding(idx, self.weight).float()
 
 
-def rows_are_independent(linear: nn.Module, inputs: int, dtype: torch.dtype) -> bool:
-    """Try whether a row's product is the same to the bit among 1, 2, 3, 7, 16, 33 and 72 rows."""
-    x = torch.randn(72, inputs, generator=torch.Generator().manual_seed(0)).to(dtype)
-    y = linear(x)
-    return all(
-        torch.equal(linear(x[-rows:]), y[-rows:]) and torch.equal(linear(x[:rows]), y[:rows])
-        for rows in (1, 2, 3, 7, 16, 33)
-    )
+def multiplies_natively(dtype: torch.dtype) -> bool:
+    """Whether oneDNN takes this 16-bit type for rows and weights alike, faster than float32."""
+    return dtype != torch.float32 and onednn.has_products(dtype)
 
 
 @torch.inference_mode()
@@ -80,29 +67,39 @@ def pack_model(model: GPT) -> None:
     """Replace every nn.Linear of a loaded model by its packed form, in place; GELU joins c_fc.
 
     The unpacked weights are dropped one by one, so memory does not double; of a tied head the
-    embedding keeps its own copy. Where this machine has no packed products for the model's type,
-    the model stays as it is, and the log says so.
+    embedding keeps its own copy. Without our kernels the weights become float32, for oneDNN;
+    without that too the model multiplies as torch does, and the log says so.
     """
     dtype = model.wte.weight.dtype
-    if not can_pack(dtype):
-        log.warning("no packed products for %s on this CPU: slower, and not bitwise stable", dtype)
-        return
+    native = multiplies_natively(dtype)
+    if not native:
+        _widen(model)
+    if not native and load_kernels():
+        _replace(model, PackedLinear)
+    elif native or onednn.has_products(torch.float32):
+        _replace(model, onednn.OneDNNLinear)
+        onednn.warn_of_dependence(model.h[0])
+    else:
+        model.float()
+        log.warning("no packed products on this CPU: slower, and not bitwise stable")
+
+
+def _widen(model: GPT) -> None:
+    """Make everything but the products compute in float32."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.LayerNorm):
+                child.float()
+            elif isinstance(child, nn.Embedding):
+                module.register_module(name, WideEmbedding(child))
+
+
+def _replace(model: GPT, packed: Callable[[nn.Linear, str | None], nn.Module]) -> None:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear):
                 gelu = module.act.approximate if isinstance(module, MLP) else None
-                packed = PackedLinear(child, gelu if name == "c_fc" else None)
-                module.register_module(name, packed)
+                module.register_module(name, packed(child, gelu if name == "c_fc" else None))
     for module in model.modules():
         if isinstance(module, MLP):
             module.register_module("act", nn.Identity())
-    _warn_of_dependence(model, dtype)
-
-
-def _warn_of_dependence(model: GPT, dtype: torch.dtype) -> None:
-    """A CPU that nobody has measured may have other kernels: try one layer of each kind."""
-    for module in model.h[0].modules():
-        if not isinstance(module, PackedLinear):
-            continue
-        if not rows_are_independent(module, module.in_features, dtype):
-            log.warning("products of %s depend on the batch on this CPU", module)

@@ -22,13 +22,13 @@ class TiledBackend(TorchBackend):
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, key: Tensor, value: Tensor, meta: AttentionMetadata
     ) -> Tensor:
-        self.write(k, v, key, value, meta)
+        self.write(k.to(key.dtype), v.to(value.dtype), key, value, meta)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         row = 0
         for count in meta.host_counts:
             start = int(meta.positions[row])
             table = meta.block_tables[int(meta.sequence_of[row])]
-            keys, values = (_gather(cache, table, start + count) for cache in (key, value))
+            keys, values = (_gather(c, table, start + count).to(q.dtype) for c in (key, value))
             for first in range(start // QUERY_TILE * QUERY_TILE, start + count, QUERY_TILE):
                 begin, end = max(first, start), min(first + QUERY_TILE, start + count)
                 rows = slice(row + begin - start, row + end - start)

@@ -36,13 +36,24 @@ inline Vec load(const c10::BFloat16* p) {
 inline Vec load(const c10::Half* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))};
 }
+// Sixteen pairs of neighbours: the first of each, and the second of each.
+inline void load_pairs(const c10::BFloat16* p, Vec& first, Vec& second) {
+  const __m512i pairs = _mm512_loadu_si512(p);
+  first.x = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  second.x = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)));
+}
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.x); }
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.x, b.x)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.x, b.x)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.x, b.x)}; }
+inline Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.x, b.x)}; }
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.x, b.x)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.x, b.x, c.x)}; }
-// a where x >= bound or x is NaN, else 0.
+// a where x >= bound or x is NaN, else b (or 0).
+inline Vec select(Vec x, float bound, Vec a, Vec b) {
+  return {_mm512_mask_mov_ps(
+      b.x, _mm512_cmp_ps_mask(x.x, _mm512_set1_ps(bound), _CMP_NLT_UQ), a.x)};
+}
 inline Vec zero_below(Vec x, float bound, Vec a) {
   const __mmask16 keep = _mm512_cmp_ps_mask(x.x, _mm512_set1_ps(bound), _CMP_NLT_UQ);
   return {_mm512_maskz_mov_ps(keep, a.x)};
@@ -75,6 +86,14 @@ inline Vec load(const c10::Half* p) {
   const __m128i* q = (const __m128i*)p;
   return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
 }
+inline void split(__m256i pairs, __m256& first, __m256& second) {
+  first = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+  second = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff0000)));
+}
+inline void load_pairs(const c10::BFloat16* p, Vec& first, Vec& second) {
+  split(_mm256_loadu_si256((const __m256i*)p), first.x, second.x);
+  split(_mm256_loadu_si256((const __m256i*)(p + kLanes)), first.y, second.y);
+}
 inline void store(float* p, Vec a) {
   _mm256_storeu_ps(p, a.x);
   _mm256_storeu_ps(p + 8, a.y);
@@ -82,9 +101,15 @@ inline void store(float* p, Vec a) {
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.x, b.x), _mm256_add_ps(a.y, b.y)}; }
 inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.x, b.x), _mm256_sub_ps(a.y, b.y)}; }
 inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.x, b.x), _mm256_mul_ps(a.y, b.y)}; }
+inline Vec div(Vec a, Vec b) { return {_mm256_div_ps(a.x, b.x), _mm256_div_ps(a.y, b.y)}; }
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.x, b.x), _mm256_max_ps(a.y, b.y)}; }
 inline Vec fma(Vec a, Vec b, Vec c) {
   return {_mm256_fmadd_ps(a.x, b.x, c.x), _mm256_fmadd_ps(a.y, b.y, c.y)};
+}
+inline Vec select(Vec x, float bound, Vec a, Vec b) {
+  const __m256 t = _mm256_set1_ps(bound);
+  return {_mm256_blendv_ps(b.x, a.x, _mm256_cmp_ps(x.x, t, _CMP_NLT_UQ)),
+          _mm256_blendv_ps(b.y, a.y, _mm256_cmp_ps(x.y, t, _CMP_NLT_UQ))};
 }
 inline Vec zero_below(Vec x, float bound, Vec a) {
   const __m256 b = _mm256_set1_ps(bound);
@@ -121,10 +146,17 @@ inline Vec load(const T* p) {
   for (int i = 0; i < kLanes; i++) lane[i] = static_cast<float>(p[i]);
   return load(lane);
 }
+inline void load_pairs(const c10::BFloat16* p, Vec& first, Vec& second) {
+  for (int i = 0; i < kLanes; i++) {
+    first.x[i] = static_cast<float>(p[2 * i]);
+    second.x[i] = static_cast<float>(p[2 * i + 1]);
+  }
+}
 inline void store(float* p, Vec a) { std::memcpy(p, &a, sizeof(a)); }
 inline Vec add(Vec a, Vec b) { return {a.x + b.x}; }
 inline Vec sub(Vec a, Vec b) { return {a.x - b.x}; }
 inline Vec mul(Vec a, Vec b) { return {a.x * b.x}; }
+inline Vec div(Vec a, Vec b) { return {a.x / b.x}; }
 inline Vec max(Vec a, Vec b) { return {a.x > b.x ? a.x : b.x}; }
 inline Vec fma(Vec a, Vec b, Vec c) {
 #if defined(__FP_FAST_FMAF)
@@ -134,6 +166,7 @@ inline Vec fma(Vec a, Vec b, Vec c) {
   return {a.x * b.x + c.x};
 #endif
 }
+inline Vec select(Vec x, float bound, Vec a, Vec b) { return {x.x < bound ? b.x : a.x}; }
 inline Vec zero_below(Vec x, float bound, Vec a) { return {x.x < bound ? Floats{} : a.x}; }
 inline Vec power_of_two(Vec magic) {
   const Ints power = ((Ints)magic.x << 23) + 0x3f800000;
