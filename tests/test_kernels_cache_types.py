@@ -1,4 +1,4 @@
-"""Rows in float32 over a KV cache of a smaller type, as a model with 16-bit weights runs on a CPU."""
+"""Float32 rows over a KV cache of a smaller type: a model with 16-bit weights on a CPU."""
 
 import random
 
