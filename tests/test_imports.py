@@ -56,6 +56,11 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"numpy", "torch", "safetensors"},
     ),
     "nanogpt.bench": (BASE | {"nanogpt.bench"}, set()),
+    "nanogpt.bench.sweep": (
+        BASE | {"nanogpt.bench", "nanogpt.engine", "nanogpt.model"},
+        {"torch"},
+    ),
+    "nanogpt.bench.roofline": (BASE | {"nanogpt.model"}, {"torch"}),
     "nanogpt.admin": (BASE | {"nanogpt.api.admission"}, set()),
     "nanogpt.agent": (set(), {"torch"}),
     "nanogpt.chaos": (BASE | {"nanogpt.chaos"}, set()),

@@ -2,17 +2,18 @@
 
 serve     load over HTTP on any OpenAI-compatible server: latencies, throughput, goodput
   compare   servers, or commits of this repository, side by side, taking turns: ratios
+  engine    our engine without HTTP: prefill and decode sweeps, share of the roofline
 """
 
 import sys
 from collections.abc import Sequence
 
-from nanogpt.bench import compare, serve
+from nanogpt.bench import compare, engine, serve
 from nanogpt.bench.options import Parser
 from nanogpt.config import nearest
 from nanogpt.errors import ConfigError, StartupError
 
-COMMANDS = (serve, compare)
+COMMANDS = (serve, compare, engine)
 
 
 def parser() -> Parser:

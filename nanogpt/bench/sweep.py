@@ -1,0 +1,229 @@
+"""An engine in this process, timed step by step: prefill by length, decode by batch and context."""
+
+import contextlib
+import random
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+import torch
+
+from nanogpt import process
+from nanogpt.bench.roofline import Roof, Shape, measure, synchronize
+from nanogpt.config import ServeConfig
+from nanogpt.engine.engine import Engine
+from nanogpt.engine.kv_cache import blocks_per_context
+from nanogpt.engine.model_runner import ModelRunner
+from nanogpt.engine.sampler import Sampler
+from nanogpt.engine.setup import choose_device, choose_dtype
+from nanogpt.errors import ConfigError
+from nanogpt.model.load import load_model
+from nanogpt.ranks import Ranks
+from nanogpt.registry import sources
+from nanogpt.request import GenerateRequest, RequestFailed, TokenEvent
+from nanogpt.sampling_params import SamplingParams
+
+ALONE = Ranks(0, 1, 0, 1, 0, True, "", 0)
+WARM_STEPS = 3
+MS = 1000.0
+
+
+class DecodeRow(msgspec.Struct, frozen=True):
+    """Times are milliseconds of one step: one token for each of `batch` sequences."""
+
+    batch: int
+    context: int  # tokens before the new one, on average
+    step_ms: float  # median
+    tokens_per_s: float
+    least_ms: float  # by the roofline
+    roofline: float  # least over measured
+    network_ms: float  # the three in a pass of their own, so that timing does not slow the first
+    sampler_ms: float
+    host_ms: float  # scheduling, packing of a step's inputs, recording
+
+
+class PrefillRow(msgspec.Struct, frozen=True):
+    length: int
+    ms: float  # until its first token, median
+    tokens_per_s: float
+    least_ms: float
+    roofline: float
+
+
+class Bench:
+    """One model, loaded as a rank loads it, with blocks enough for the sweep."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        batches: Sequence[int],
+        contexts: Sequence[int] | None,
+        lengths: Sequence[int] | None,
+        steps: int,
+    ) -> None:
+        """Without contexts or lengths: parts of the model's context. Raises StartupError."""
+        self.device = choose_device(config, ALONE)
+        dtype = choose_dtype(config, self.device)
+        ((name, source),) = sources(config.models)
+        loaded = load_model(source, name, dtype=dtype, device=self.device)
+        self.shape = Shape.of(loaded.model.config, loaded.info.num_parameters, dtype.itemsize)
+        self.info = loaded.info
+        whole = self.info.context_length
+        self.contexts = contexts or [whole // 8, 3 * whole // 8]
+        self.lengths = lengths or [whole // 8, whole // 2, 7 * whole // 8]
+        self._check(max(self.contexts) + _room(steps), max(self.lengths) + 1)
+        engine = config.engine
+        if max(batches) > engine.max_num_seqs:
+            raise ConfigError(f"batch {max(batches)} is over max_num_seqs, {engine.max_num_seqs}")
+        tokens = max(batches) * (max(self.contexts) + _room(steps) + engine.block_size)
+        blocks = blocks_per_context(max(tokens, whole), engine.block_size)
+        self._check_memory(blocks * engine.block_size * self.shape.kv_bytes)
+        self._engine = Engine(
+            loaded,
+            rank=0,
+            device=self.device,
+            num_kv_blocks=blocks + max(batches),
+            block_size=engine.block_size,
+            max_num_seqs=engine.max_num_seqs,
+            max_batch_tokens=engine.max_batch_tokens,
+        )
+        self.roof: Roof = measure(self.device, dtype)
+        self._engine.warm_up()
+        self._rng = random.Random(0)
+        self._requests = 0
+
+    def _check(self, *tokens: int) -> None:
+        if max(tokens) > self.info.context_length:
+            raise ConfigError(
+                f"{max(tokens)} tokens, with room for the timed steps, are more than the context "
+                f"of {self.info.name}: {self.info.context_length}"
+            )
+
+    def _check_memory(self, needed: int) -> None:
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(self.device)
+        else:
+            free = process.available_memory()
+        if needed > free:
+            raise ConfigError(
+                f"the keys and values of the largest batch take {needed / 2**30:.1f} GiB, and "
+                f"{free / 2**30:.1f} are free: use a smaller --batch or --context"
+            )
+
+    def prefill(self, length: int, repeats: int) -> PrefillRow:
+        """One prompt alone; the first run does not count."""
+        times = [self._prefill_s(length) for _ in range(repeats + 1)][1:]
+        seconds = statistics.median(times)
+        least = self.shape.prefill_s(self.roof, length)
+        return PrefillRow(length, seconds * MS, length / seconds, least * MS, least / seconds)
+
+    def _prefill_s(self, length: int) -> float:
+        self._add(length, max_tokens=1)
+        synchronize(self.device)
+        started = time.perf_counter()
+        while self._engine.has_work:
+            self._step()
+        synchronize(self.device)
+        return time.perf_counter() - started
+
+    def decode(self, batch: int, context: int, steps: int) -> DecodeRow:
+        """`batch` sequences of different prompts, in the middle of their output."""
+        for _ in range(batch):
+            self._add(max(1, context - steps // 2 - WARM_STEPS), max_tokens=_room(steps) + steps)
+        while self._step() < batch:  # until all are past their prompts
+            pass
+        for _ in range(WARM_STEPS):
+            self._step()
+        step = statistics.median(self._decode_s(batch) for _ in range(steps))
+        parts = self._breakdown(batch, steps)
+        self._engine.abort_all()
+        least = self.shape.decode_s(self.roof, batch, context)
+        return DecodeRow(
+            batch=batch,
+            context=context,
+            step_ms=step * MS,
+            tokens_per_s=batch / step,
+            least_ms=least * MS,
+            roofline=least / step,
+            network_ms=parts["network"] * MS,
+            sampler_ms=parts["sampler"] * MS,
+            host_ms=parts["host"] * MS,
+        )
+
+    def _decode_s(self, batch: int) -> float:
+        """Of a token for every sequence: an engine's step may bring several, or none yet."""
+        started, tokens = time.perf_counter(), 0
+        while tokens < batch:
+            tokens += self._step()
+        synchronize(self.device)
+        return (time.perf_counter() - started) * batch / tokens
+
+    def _breakdown(self, batch: int, steps: int) -> dict[str, float]:
+        with _stopwatches(self.device) as spent:
+            started, tokens = time.perf_counter(), 0
+            while tokens < steps * batch:
+                tokens += self._step()
+            whole = time.perf_counter() - started
+        each = tokens / batch
+        return {
+            "network": (spent["run"] - spent["sample"]) / each,
+            "sampler": spent["sample"] / each,
+            "host": (whole - spent["run"]) / each,
+        }
+
+    def _step(self) -> int:
+        """Tokens that a step of the engine brought."""
+        tokens = 0
+        for event in self._engine.step():
+            assert not isinstance(event, RequestFailed), event.message
+            if isinstance(event, TokenEvent):
+                tokens += len(event.token_ids)
+        return tokens
+
+    def _add(self, length: int, max_tokens: int) -> None:
+        self._requests += 1
+        self._engine.add(
+            GenerateRequest(
+                request_id=f"bench-{self._requests}",
+                model=self.info.name,
+                prompts=(tuple(self._rng.choices(range(self.info.vocab_size), k=length)),),
+                n=1,
+                owners=(0,),
+                params=SamplingParams(seed=self._requests, max_tokens=max_tokens, ignore_eos=True),
+            )
+        )
+
+
+def _room(steps: int) -> int:
+    """Tokens of output that timing a row takes, from the middle of its context on."""
+    return 2 * steps + WARM_STEPS
+
+
+@contextlib.contextmanager
+def _stopwatches(device: torch.device) -> Iterator[dict[str, float]]:
+    """Seconds spent in ModelRunner.run, and of these in Sampler.sample, while this is open."""
+    spent = {"run": 0.0, "sample": 0.0}
+
+    def timed(kind: type, name: str) -> Any:
+        inner = getattr(kind, name)
+
+        def outer(*args: Any, **kwargs: Any) -> Any:
+            synchronize(device)
+            started = time.perf_counter()
+            result = inner(*args, **kwargs)
+            synchronize(device)
+            spent[name] += time.perf_counter() - started
+            return result
+
+        return outer
+
+    originals = [(ModelRunner, "run", ModelRunner.run), (Sampler, "sample", Sampler.sample)]
+    for kind, name, _ in originals:
+        setattr(kind, name, timed(kind, name))
+    try:
+        yield spent
+    finally:
+        for kind, name, original in originals:
+            setattr(kind, name, original)
