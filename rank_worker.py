@@ -2,8 +2,9 @@
 
     launch.sh, or:  torchrun --nproc-per-node 4 rank_worker.py --config configs/serve/X.toml
 
-Rank 0 sees to it that a front end is there. Then every rank loads the models, joins the process
-group, and turns its loop: take commands from the broadcast, run a step of each engine, send events.
+It imports torch, and then keeps a child alive which is the rank: that one loads the models, joins
+the process group, and turns its loop: take commands from the broadcast, run a step of each engine,
+send events. Rank 0's parent also sees to it that a front end is there.
 """
 
 import logging
@@ -13,34 +14,56 @@ import sys
 
 from nanogpt import log as logging_setup
 from nanogpt import options, process
+from nanogpt.cluster import respawn
 from nanogpt.cluster.keeper import OWNER_VARIABLE, FrontEndKeeper
 from nanogpt.config import ServeConfig
-from nanogpt.errors import StartupError
+from nanogpt.errors import EngineError, StartupError
 from nanogpt.ranks import Ranks
 from nanogpt.rundir import RunDir
 
 log = logging.getLogger("rank_worker")
 
 
-def serve(config: ServeConfig, ranks: Ranks, run_dir: RunDir, keeper: FrontEndKeeper) -> None:
-    """Load everything, then turn the loop until a signal ends this process."""
-    # Importing torch takes two seconds; the front end starts meanwhile.
+def serve(config: ServeConfig, ranks: Ranks, run_dir: RunDir, progress: respawn.Progress) -> int:
+    """The rank: load everything, then turn the loop until this process ends."""
     from nanogpt.cluster.lead import Lead
     from nanogpt.cluster.process_group import open_group
     from nanogpt.cluster.rank_loop import RankLoop
     from nanogpt.cluster.transport import ControlLink
     from nanogpt.engine.setup import load_engines
 
-    broadcast = open_group(ranks)
-    engines = load_engines(config, ranks)
-    lead = None
-    if ranks.rank == 0:
-        hello = Lead.hello(ranks.world_size, tuple(e.info for e in engines.values()))
-        control = ControlLink(run_dir.control)
-        lead = Lead(control, broadcast, keeper, hello, config.cluster.heartbeat_s)
-    loop = RankLoop(ranks, engines, broadcast, lead, config.cluster.heartbeat_s)
-    while True:
-        loop.turn()
+    try:
+        broadcast = open_group(ranks)
+        engines = load_engines(config, ranks)
+        lead = None
+        if ranks.rank == 0:
+            hello = Lead.hello(ranks.world_size, tuple(e.info for e in engines.values()))
+            control = ControlLink(run_dir.control)
+            lead = Lead(control, broadcast, hello, config.cluster.heartbeat_s)
+        loop = RankLoop(ranks, engines, broadcast, lead, config.cluster.heartbeat_s, progress.mark)
+        while True:
+            loop.turn()
+    except StartupError as error:
+        return refuse(error, run_dir)
+    except EngineError as error:
+        log.error("%s", error)
+        return 1
+
+
+def refuse(error: StartupError, run_dir: RunDir | None) -> int:
+    """Say why starting is of no use, and have nobody try again."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    if run_dir is not None:
+        run_dir.set_fatal(str(error))
+    return respawn.NO_USE
+
+
+def preload() -> None:
+    """Import what the rank needs, so that the next one has it at once."""
+    import nanogpt.cluster.lead
+    import nanogpt.cluster.process_group
+    import nanogpt.cluster.rank_loop
+    import nanogpt.engine.setup  # noqa: F401
 
 
 def main(argv: list[str]) -> int:
@@ -54,18 +77,16 @@ def main(argv: list[str]) -> int:
         process.die_with_parent(os.getppid())
         process.keep_freed_memory()
         process.spin_briefly()
+        process.no_blas_threads()
         logging_setup.set_up(config.log_level, f"rank {ranks.rank}")
         owner = int(os.environ.get(OWNER_VARIABLE, os.getppid()))
         keeper = FrontEndKeeper(run_dir, argv, owner)
-        if ranks.rank == 0:
-            keeper.ensure()
-        serve(config, ranks, run_dir, keeper)
+        tick = keeper.ensure if ranks.rank == 0 else lambda: None
+        tick()  # the front end starts while this process imports torch
+        preload()
+        return respawn.keep_alive(lambda p: serve(config, ranks, run_dir, p), tick)
     except StartupError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        if run_dir is not None:
-            run_dir.set_fatal(str(error))
-        return 2
-    return 0
+        return refuse(error, run_dir)
 
 
 if __name__ == "__main__":

@@ -110,8 +110,6 @@ class Torchrun:
         self._environ = {
             **os.environ,
             OWNER_VARIABLE: str(os.getpid()),
-            # Without it most restarts of the group hang on stale keys in the agent's store.
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             "OMP_NUM_THREADS": os.environ.get(
                 "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks))
             ),

@@ -66,6 +66,11 @@ def spin_briefly() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 
+def no_blas_threads() -> None:
+    """Have numpy's BLAS make no threads. Call before numpy is imported, in a process that forks."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
 def available_memory() -> int:
     """Bytes that this process may still take: of the machine, and of its control group."""
     values = [_meminfo("MemAvailable")]

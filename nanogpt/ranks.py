@@ -15,13 +15,16 @@ class Ranks(NamedTuple):
     local_rank: int
     local_world_size: int
     node: int
-    hosts_store: bool  # torchrun's own rank 0: it serves the TCP store
     store_host: str
     store_port: int
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str], node: int) -> Self:
         """From torchrun's variables. Raises StartupError when they are not there."""
+        if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "False":
+            raise StartupError(
+                "ranks need torchrun's store: unset TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+            )
         try:
             local_rank = int(environ["LOCAL_RANK"])
             local_world_size = int(environ["LOCAL_WORLD_SIZE"])
@@ -31,7 +34,6 @@ class Ranks(NamedTuple):
                 local_rank=local_rank,
                 local_world_size=local_world_size,
                 node=node,
-                hosts_store=environ["RANK"] == "0",
                 store_host=environ["MASTER_ADDR"],
                 store_port=int(environ["MASTER_PORT"]),
             )

@@ -73,12 +73,11 @@ class Server:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def ranks(self) -> list[psutil.Process]:
-        """The rank processes, by rank."""
+        """The rank processes, by rank: each is the child of a process that torchrun started."""
         found = {}
         for process in self.below():
             with contextlib.suppress(psutil.Error):
-                command = process.cmdline()
-                if any(c.endswith("rank_worker.py") for c in command[:3]):
+                if _is_rank_worker(process) and _is_rank_worker(process.parent()):
                     found[int(process.environ()["LOCAL_RANK"])] = process
         return [found[rank] for rank in sorted(found)]
 
@@ -100,6 +99,10 @@ class Server:
                 process.kill()
         self._log.close()
         self._jobs.cleanup()
+
+
+def _is_rank_worker(process: psutil.Process) -> bool:
+    return any(part.endswith("rank_worker.py") for part in process.cmdline()[:3])
 
 
 @contextlib.contextmanager

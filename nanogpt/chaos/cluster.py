@@ -48,6 +48,7 @@ class ChaosCluster:
             **os.environ,
             "NANOGPT_RUN_DIR": str(directory / "run"),
             "NANOGPT_ADMISSION_STATE": ":memory:",
+            "NANOGPT_JOBS_PATH": str(directory / "jobs"),
             "PYTHONPATH": os.pathsep.join([str(HOOKS), os.environ.get("PYTHONPATH", "")]),
             **settings,
         }

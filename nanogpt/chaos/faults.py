@@ -36,10 +36,10 @@ def _signal(pids: list[int], number: signal.Signals) -> str:
     return f"{number.name} to {', '.join(sent) or 'nobody'}"
 
 
-def _one_rank(number: signal.Signals) -> Inject:
+def _one(role: str, number: signal.Signals) -> Inject:
     def inject(cluster: ChaosCluster, rng: random.Random) -> Injury:
-        ranks = cluster.pids("rank")
-        return Injury(_signal(rng.sample(ranks, min(1, len(ranks))), number))
+        pids = cluster.pids(role)
+        return Injury(_signal(rng.sample(pids, min(1, len(pids))), number))
 
     return inject
 
@@ -69,11 +69,12 @@ def _drain(cluster: ChaosCluster, rng: random.Random) -> Injury:
 
 
 FAULTS: dict[str, Inject] = {
-    "kill-rank": _one_rank(signal.SIGKILL),
+    "kill-rank": _one("rank", signal.SIGKILL),
     "kill-all": _all_of("rank"),
-    "exit-rank": _one_rank(signal.SIGUSR1),  # with code 0: see hooks/sitecustomize.py
-    "stop-rank": _one_rank(signal.SIGSTOP),
-    "hang-rank": _one_rank(signal.SIGUSR2),  # its loop only: the process goes on beating
+    "exit-rank": _one("rank", signal.SIGUSR1),  # with code 0: see hooks/sitecustomize.py
+    "stop-rank": _one("rank", signal.SIGSTOP),
+    "hang-rank": _one("rank", signal.SIGUSR2),  # its loop only: the process goes on beating
+    "kill-parent": _one("parent", signal.SIGKILL),  # of a rank
     "kill-torchrun": _all_of("torchrun"),
     "stop-frontend": _stop_front_end,
     "drain": _drain,

@@ -9,7 +9,8 @@ PAGE_MIB = os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 class Member(NamedTuple):
-    """A live process. `role`: launcher, torchrun, rank 0, master (gunicorn's), worker, other."""
+    """A live process. `role`: launcher, torchrun, parent 0 (of rank 0), rank 0, master
+    (gunicorn's), worker, other."""
 
     pid: int
     parent: int
@@ -23,8 +24,17 @@ def members(launcher: int) -> list[Member]:
         parent, command = _parent(pid), _strings(pid, "cmdline")
         if parent is not None and command:
             found.append(Member(pid, parent, _role(pid, command)))
-    masters = {m.pid for m in found if m.role == "master"}
-    return [m._replace(role="worker") if m.parent in masters else m for m in found]
+    roles = {m.pid: m.role for m in found}
+    return [m._replace(role=_below(m.role, roles.get(m.parent, ""))) for m in found]
+
+
+def _below(role: str, parents_role: str) -> str:
+    """A child that was forked has its parent's command line: who it is shows in whose it is."""
+    if role == parents_role == "master":
+        return "worker"
+    if role.startswith("parent") and role == parents_role:
+        return role.replace("parent", "rank")
+    return role
 
 
 def _role(pid: int, command: list[str]) -> str:
@@ -35,7 +45,7 @@ def _role(pid: int, command: list[str]) -> str:
         return "master"
     if "rank_worker.py" in names:
         rank = next((v for v in _strings(pid, "environ") if v.startswith("LOCAL_RANK=")), "=?")
-        return f"rank {rank.partition('=')[2]}"
+        return f"parent {rank.partition('=')[2]}"
     return "other"
 
 

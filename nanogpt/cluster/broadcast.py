@@ -24,14 +24,26 @@ _ROOM = FRAME_BYTES - _HEADER.size
 GROUP_TIMEOUT = timedelta(days=365)
 
 
+class PeerLost(EngineError):
+    """Another rank is gone, and with it the group."""
+
+
 class Broadcast:
     """One direction, rank 0 to all. Every rank calls `poll` often; rank 0 also `send`s.
 
-    With a world of one rank nothing touches the network.
+    With a world of one rank nothing touches the network. `lifeline` is work of rank 0 that ends
+    only when another rank does.
     """
 
-    def __init__(self, rank: int, world_size: int, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        group: dist.ProcessGroup | None,
+        lifeline: dist.Work | None = None,
+    ) -> None:
         self._rank, self._alone, self._group = rank, world_size == 1, group
+        self._lifeline = lifeline
         self._outbox: deque[bytes] = deque()
         self._frame = torch.zeros(FRAME_BYTES, dtype=torch.uint8)
         self._work: dist.Work | None = None
@@ -52,15 +64,23 @@ class Broadcast:
     def poll(self) -> list[bytes]:
         """Move on without waiting. Returns the payloads that arrived, on rank 0 its own.
 
-        Raises RuntimeError when a peer is gone: the group can't go on.
+        Raises PeerLost when the group can't go on.
         """
         if self._alone:
             sent = list(self._outbox)
             self._outbox.clear()
             return sent
-        return self._poll_root() if self._rank == 0 else self._poll_leaf()
+        try:
+            return self._poll_root() if self._rank == 0 else self._poll_leaf()
+        except RuntimeError as error:
+            # gloo's: "[FILE:LINE] Connection closed by peer [ADDRESS]. This is typically ..."
+            reason = str(error).partition("] ")[2].partition(". ")[0] or str(error)
+            raise PeerLost(f"another rank is gone: {reason}") from error
 
     def _poll_root(self) -> list[bytes]:
+        if self._lifeline is not None and self._lifeline.is_completed():
+            self._lifeline.wait()  # raises what went wrong
+            raise PeerLost("another rank spoke when none should")
         delivered: list[bytes] = []
         while self._settled() and self._outbox:
             payload = self._outbox.popleft()

@@ -1,4 +1,4 @@
-"""Rank 0 starts the front end, and starts another when it is gone."""
+"""Rank 0's parent starts the front end, and starts another when it is gone."""
 
 import logging
 import os

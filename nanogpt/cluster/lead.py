@@ -5,7 +5,6 @@ import os
 import time
 
 from nanogpt.cluster.broadcast import Broadcast
-from nanogpt.cluster.keeper import FrontEndKeeper
 from nanogpt.cluster.messages import (
     PROTOCOL_VERSION,
     Alive,
@@ -30,11 +29,10 @@ class Lead:
         self,
         control: ControlLink,
         broadcast: Broadcast,
-        keeper: FrontEndKeeper,
         hello: Hello,
         heartbeat_s: float,
     ) -> None:
-        self._control, self._broadcast, self._keeper = control, broadcast, keeper
+        self._control, self._broadcast = control, broadcast
         self._hello, self._heartbeat_s = hello, heartbeat_s
         self._epoch = 0
         self._tick = 0
@@ -47,7 +45,6 @@ class Lead:
 
     def turn(self, timeout_ms: int) -> None:
         """Queue for broadcast what has come, after waiting up to `timeout_ms` for something."""
-        self._keeper.ensure()
         commands: list[Welcome | Submit | Cancel] = []
         for message in self._control.receive(timeout_ms):
             if isinstance(message, Introduce):

@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from nanogpt.cluster.broadcast import Broadcast
@@ -43,8 +43,11 @@ class RankLoop:
         broadcast: Broadcast,
         lead: Lead | None,
         heartbeat_s: float,
+        on_progress: Callable[[], None],
     ) -> None:
+        """`on_progress` is called whenever this rank has brought something forth."""
         self._ranks, self._engines, self._broadcast = ranks, engines, broadcast
+        self._on_progress = on_progress
         self._lead, self._heartbeat_s = lead, heartbeat_s
         self._decode: Decoder[Frame] = Decoder(Frame)
         self._epoch = 0
@@ -120,6 +123,7 @@ class RankLoop:
     def _send(self, events: list[EngineEvent]) -> None:
         if self._link and events:
             self._link.send(EventBatch.of(self._epoch, self._ranks.rank, events))
+            self._on_progress()
 
     def _publish_stats(self) -> None:
         self._stats = tuple(engine.stats() for engine in self._engines.values())

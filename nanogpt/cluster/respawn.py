@@ -1,0 +1,100 @@
+"""Keeps a rank alive: a parent that has imported everything forks it, and forks another when it
+dies.
+
+Importing torch takes longer than all else that a rank does before its first token, so a rank is
+not started from nothing after a crash, but forked from a process that never does anything else:
+it has no threads and no sockets. torchrun watches this parent, and starts both anew if it dies.
+"""
+
+import gc
+import logging
+import mmap
+import os
+import select
+import sys
+import time
+from collections.abc import Callable
+
+from nanogpt import process
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.5
+# Deaths in a row without a token in between: the first are bad luck, more a reason to wait.
+FREE_DEATHS = 3
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+MOST_DEATHS = 10  # then everything starts from nothing, should the fault be in this process
+NO_USE = 2  # exit code of a rank that another one would share
+
+
+class Progress:
+    """A byte that parent and child share: the child says that it was of use."""
+
+    def __init__(self) -> None:
+        self._byte = mmap.mmap(-1, 1)
+
+    def mark(self) -> None:
+        self._byte[0] = 1
+
+    def take(self) -> bool:
+        marked, self._byte[0] = self._byte[0] == 1, 0
+        return marked
+
+
+def pause_after(deaths: int) -> float:
+    """Seconds to wait after so many deaths in a row."""
+    extra = deaths - FREE_DEATHS
+    return 0.0 if extra <= 0 else min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (extra - 1))
+
+
+def keep_alive(work: Callable[[Progress], int], tick: Callable[[], None]) -> int:
+    """Run `work` in a forked child, again and again. `tick` is called twice a second meanwhile.
+
+    Returns an exit code when another child would be of no use.
+    """
+    gc.collect()
+    gc.freeze()  # what is here stays: a collection in the child must not copy its pages
+    progress, deaths = Progress(), 0
+    while True:
+        code = _run(work, progress, tick)
+        if code == NO_USE:
+            return code
+        deaths = 1 if progress.take() else deaths + 1
+        if deaths > MOST_DEATHS:
+            log.error("%d ranks in a row died before their first token: starting anew", deaths)
+            return 1
+        pause = pause_after(deaths)
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        log.error("the rank died (%s): another one starts%s", how, f" in {pause} s" * bool(pause))
+        end = time.monotonic() + pause
+        while time.monotonic() < end:
+            tick()
+            time.sleep(min(TICK_S, max(0.0, end - time.monotonic())))
+
+
+def _run(work: Callable[[Progress], int], progress: Progress, tick: Callable[[], None]) -> int:
+    """One child, from fork to end; its exit code, or the negative number of its signal."""
+    parent = os.getpid()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            process.die_with_parent(parent)
+            code = work(progress)
+        except Exception:
+            log.critical("the rank failed", exc_info=True)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    pidfd = os.pidfd_open(pid)
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    try:
+        while not poll.poll(TICK_S * 1000):
+            tick()
+    finally:
+        os.close(pidfd)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -1,0 +1,129 @@
+"""A rank's parent, and how forked ranks find each other again."""
+
+import itertools
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import torch.distributed as dist
+
+from nanogpt import process
+from nanogpt.cluster import respawn
+from nanogpt.cluster.process_group import join_generation
+from tests.server import ROOT
+
+
+def test_pauses_grow_only_after_several_deaths():
+    pauses = [respawn.pause_after(deaths) for deaths in range(1, 12)]
+    assert pauses[: respawn.FREE_DEATHS] == [0.0] * respawn.FREE_DEATHS
+    later = pauses[respawn.FREE_DEATHS :]
+    assert all(0 < a <= b for a, b in itertools.pairwise(later))
+    assert later[-1] == respawn.LONGEST_PAUSE_S
+
+
+# What the children do, one after another: a file tells how many there were.
+SCRIPT = """
+import os, signal, sys, time
+from nanogpt.cluster import respawn
+respawn.MOST_DEATHS = 3
+def work(progress):
+    with open(sys.argv[1], "a") as file:
+        file.write("x")
+    number = os.path.getsize(sys.argv[1])
+    act = sys.argv[2].split(",")[number - 1]
+    if act == "token":
+        progress.mark()
+        return 1
+    if act == "raise":
+        raise RuntimeError("why")
+    if act.startswith("signal"):
+        os.kill(os.getpid(), int(act[6:]))
+    return int(act)
+sys.exit(respawn.keep_alive(work, lambda: None))
+"""
+
+
+def run_children(tmp_path, acts: str) -> tuple[int, int]:
+    """(exit code of the parent, number of children)."""
+    count = tmp_path / "count"
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(count), acts], cwd=ROOT, timeout=60, capture_output=True
+    )
+    return done.returncode, count.stat().st_size
+
+
+def test_every_end_but_a_useless_start_is_followed_by_another(tmp_path):
+    """Also exit code 0, which torchrun would take for success."""
+    assert run_children(tmp_path, "0,signal9,raise,2") == (2, 4)
+
+
+def test_too_many_deaths_without_a_token_start_everything_anew(tmp_path):
+    assert run_children(tmp_path, "1,1,1,1,1") == (1, 4)
+
+
+def test_a_token_in_between_starts_the_count_again(tmp_path):
+    assert run_children(tmp_path, "1,1,token,1,1,1") == (1, 6)
+
+
+def test_child_dies_with_its_parent(tmp_path):
+    code = (
+        "import os, time; from nanogpt.cluster import respawn\n"
+        "def work(progress):\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    time.sleep(60)\n"
+        "respawn.keep_alive(work, lambda: None)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    pidfd = process.open_pidfd(pid)
+    assert pidfd is None or process.has_ended(pidfd, 10.0)
+    if pidfd is not None:
+        os.close(pidfd)
+
+
+class Locked:
+    """A store that one thread at a time uses, as processes use torchrun's."""
+
+    def __init__(self) -> None:
+        self._store, self._lock = dist.HashStore(), threading.Lock()
+
+    def add(self, key: str, amount: int) -> int:
+        with self._lock:
+            return self._store.add(key, amount)
+
+
+def test_all_who_start_together_join_one_generation():
+    store = Locked()
+    with ThreadPoolExecutor(4) as pool:
+        joined = {f.result() for f in [pool.submit(join_generation, store, 4) for _ in range(4)]}
+    assert len(joined) == 1
+
+
+def test_a_replaced_process_takes_those_who_wait_with_it():
+    """One of three dies while it waits: no generation that it was in may be complete."""
+    store = Locked()
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(join_generation, store, 3) for _ in range(1)]
+        doomed = store.add("generation", 1)  # as the one does that dies
+        store.add(f"joined {doomed}", 1)
+        waiting += [pool.submit(join_generation, store, 3) for _ in range(2)]
+        joined = {f.result(10) for f in waiting}
+    assert len(joined) == 1
+    assert joined.pop() > doomed
+
+
+def test_a_group_that_was_complete_is_not_joined_again():
+    store = Locked()
+    with ThreadPoolExecutor(4) as pool:
+        first = {f.result(10) for f in [pool.submit(join_generation, store, 2) for _ in range(2)]}
+        again = [pool.submit(join_generation, store, 2)]
+        assert not again[0].done()
+        again.append(pool.submit(join_generation, store, 2))
+        second = {f.result(10) for f in again}
+    assert len(first) == len(second) == 1
+    assert not first & second
