@@ -13,14 +13,16 @@ answer is the same to the bit in whatever batch, chunk or blocks it is computed:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanogpt.engine.transfer import to_device
 from nanogpt.model.gpt import GPTConfig
 
 
@@ -57,6 +59,7 @@ class AttentionMetadata:
     sequence_of: Tensor
     query_counts: Sequence[int] | None = None
     max_keys: int | None = None
+    _tiles: dict[tuple[int, int, int], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def build(
@@ -94,6 +97,40 @@ class AttentionMetadata:
     def host_max_keys(self) -> int:
         """The most keys of any row; waits for the device unless it was given."""
         return int(self.positions.max()) + 1 if self.max_keys is None else self.max_keys
+
+    @cached_property
+    def row_ends(self) -> Tensor:
+        """(S + 1,) int32: 0, then the row after each sequence's last one."""
+        counts = self.host_counts
+        if max(counts) == 1:
+            return torch.arange(len(counts) + 1, dtype=torch.int32, device=self.positions.device)
+        ends = np.array([0, *counts]).cumsum().astype(np.int32)
+        return to_device(ends, self.positions.device)
+
+    @cached_property
+    def key_counts(self) -> Tensor:
+        """(S,) int32: how many keys the last row of each sequence attends to."""
+        return (self.positions[self.row_ends[1:].long() - 1] + 1).int()
+
+    def tiles(self, size: int, *, at_least: int = 1, at_most: int = 2**31) -> Tensor:
+        """(T, 2) int32: first row and number of rows of each tile, when sequences of `at_least`
+        to `at_most` rows are cut into tiles of `size` rows or fewer. Made once for all layers."""
+        wanted = (size, at_least, at_most)
+        if wanted not in self._tiles:
+            self._tiles[wanted] = self._cut(*wanted)
+        return self._tiles[wanted]
+
+    def _cut(self, size: int, at_least: int, at_most: int) -> Tensor:
+        counts, device = self.host_counts, self.positions.device
+        if max(counts) == 1:  # made where it is used: a CUDA graph has no part on the host
+            rows = torch.arange(len(counts) if at_least <= 1 else 0, device=device)
+            return torch.stack([rows, torch.ones_like(rows)], 1).int()
+        tiles, end = [], 0
+        for count in counts:
+            start, end = end, end + count
+            if at_least <= count <= at_most:
+                tiles += [(row, min(size, end - row)) for row in range(start, end, size)]
+        return to_device(np.array(tiles, np.int32).reshape(-1, 2), device)
 
 
 class AttentionBackend(Protocol):
@@ -136,7 +173,6 @@ class TorchBackend:
     ) -> tuple[Tensor, Tensor]:
         """Keys and values, each (n_layer, num_blocks, block_size, n_head, head_size)."""
         shape = (config.n_layer, num_blocks, block_size, config.n_head, config.head_size)
-        # Zeros: a masked slot meets a weight of zero, and zero times NaN would be NaN.
         keys, values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         return keys, values
 
@@ -177,6 +213,7 @@ class TorchBackend:
         tables = meta.block_tables[meta.sequence_of[rows].long()]  # (M, blocks)
         keys, values = self._gather(key, value, tables, max_keys)  # (M, nh, T, hs)
         seen = torch.arange(keys.size(-2), device=q.device) <= meta.positions[rows, None]
+        _blank(keys, values, seen[:, None, :, None])
         y = F.scaled_dot_product_attention(
             q[rows].unsqueeze(2), keys, values, attn_mask=seen[:, None, None]
         )
@@ -190,6 +227,7 @@ class TorchBackend:
         table = meta.block_tables[meta.sequence_of[rows.start].long()]
         keys, values = self._gather(key, value, table[None], meta.host_max_keys)
         seen = torch.arange(keys.size(-2), device=q.device) <= positions[:, None]
+        _blank(keys, values, seen[-1, :, None])
         y = F.scaled_dot_product_attention(
             q[rows].transpose(0, 1)[None], keys, values, attn_mask=seen
         )
@@ -201,6 +239,12 @@ class TorchBackend:
         tables = tables[:, : -(-max_keys // key.size(1))].long()
         keys, values = (cache[tables].flatten(1, 2).transpose(1, 2) for cache in (key, value))
         return keys, values
+
+
+def _blank(keys: Tensor, values: Tensor, used: Tensor) -> None:
+    """Zeros in gathered slots that nobody attends to: a weight of zero times NaN would be NaN."""
+    for gathered in (keys, values):
+        gathered.masked_fill_(~used, 0)
 
 
 def select_backend(device: torch.device, dtype: torch.dtype, block_size: int) -> AttentionBackend:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nanogpt.engine.attention import AttentionMetadata
 from nanogpt.engine.scheduler import Chunk
+from nanogpt.engine.transfer import to_device
 
 
 def pack(
@@ -39,14 +40,6 @@ def pack(
         max_keys=max_keys,
     )
     return to_device(np.array(tokens, np.int64), device), metadata
-
-
-def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A tensor of the array: its own memory on a CPU, else a copy that nobody waits for."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def _block_tables(chunks: list[Chunk], width: int) -> np.ndarray:
