@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import flask
@@ -29,7 +30,10 @@ from nanogpt.api.backend import Cluster
 from nanogpt.api.caller import Caller
 from nanogpt.api.decode import clip
 from nanogpt.api.jobs import once
+from nanogpt.api.jobs.batches import BatchRoutes
+from nanogpt.api.jobs.files import FileRoutes
 from nanogpt.api.jobs.stored import Stored
+from nanogpt.api.jobs.upload import FRAME_BYTES
 from nanogpt.api.listener import listen
 from nanogpt.api.operators import Operators
 from nanogpt.api.protocol import parse_completion
@@ -67,7 +71,7 @@ def create_app(
     admission: Admission,
     cards: Mapping[str, ModelCard],
     clock: Callable[[], float] = time.time,
-    jobs: tuple[Store, JobsConfig] | None = None,
+    jobs: tuple[Store, Path, JobsConfig] | None = None,
 ) -> flask.Flask:
     """The application. `clock` gives the seconds since the epoch that answers carry; `jobs` is what
     keeps work for later, and is closed with the Service."""
@@ -82,8 +86,18 @@ def create_app(
     if jobs is None:
         _add_completions(app, service)
     else:
-        stored = Stored(service, jobs[0], cluster, cards, jobs[1], clock)
+        stored = Stored(
+            service,
+            *jobs,
+            cluster=cluster,
+            admission=admission,
+            cards=cards,
+            max_body_bytes=settings.max_body_mib * 2**20,
+            clock=clock,
+        )
         _add_stored_completions(app, stored)
+        _add_files(app, stored.files, jobs[2].max_file_mb * 10**6 + FRAME_BYTES)
+        _add_batches(app, stored.batches)
         stored.start()
     _add_admin_routes(app, Operators(admission))
     _add_errors(app)
@@ -127,6 +141,54 @@ def _add_stored_completions(app: flask.Flask, stored: Stored) -> None:
     @app.post(f"{route}/cancel")
     def cancel_completion(name: str) -> flask.Response:
         return _response(stored.completions.cancel(flask.g.caller, name))
+
+
+def _add_files(app: flask.Flask, files: FileRoutes, max_bytes: int) -> None:
+    request = flask.request
+
+    @app.post("/v1/files")
+    def create_file() -> flask.Response:
+        request.max_content_length = max_bytes
+        kind, key = request.content_type, request.headers.get(once.HEADER)
+        return _response(files.create(flask.g.caller, request.stream, kind, key))
+
+    @app.get("/v1/files")
+    def list_files() -> flask.Response:
+        query = _query({"after", "limit", "order", "purpose"})
+        return _response(files.list(flask.g.caller, query))
+
+    @app.get("/v1/files/<name>")
+    def get_file(name: str) -> flask.Response:
+        return _response(files.get(flask.g.caller, name))
+
+    @app.get("/v1/files/<name>/content")
+    def file_content(name: str) -> flask.Response:
+        return _response(files.content(flask.g.caller, name))
+
+    @app.delete("/v1/files/<name>")
+    def delete_file(name: str) -> flask.Response:
+        return _response(files.delete(flask.g.caller, name))
+
+
+def _add_batches(app: flask.Flask, batches: BatchRoutes) -> None:
+    request = flask.request
+
+    @app.post("/v1/batches")
+    def create_batch() -> flask.Response:
+        key = request.headers.get(once.HEADER)
+        return _response(batches.create(flask.g.caller, _body(), request.content_type, key))
+
+    @app.get("/v1/batches")
+    def list_batches() -> flask.Response:
+        return _response(batches.list(flask.g.caller, _query({"after", "limit"})))
+
+    @app.get("/v1/batches/<name>")
+    def get_batch(name: str) -> flask.Response:
+        return _response(batches.get(flask.g.caller, name))
+
+    @app.post("/v1/batches/<name>/cancel")
+    def cancel_batch(name: str) -> flask.Response:
+        return _response(batches.cancel(flask.g.caller, name))
 
 
 def _peer() -> Any:
@@ -274,7 +336,7 @@ def _add_errors(app: flask.Flask) -> None:
         if isinstance(error, WebsocketMismatch):
             description = "there are no WebSockets here; for tokens as they come set stream to true"
         if isinstance(error, RequestEntityTooLarge):
-            limit = app.config["MAX_CONTENT_LENGTH"] // 2**20
+            limit = (request.max_content_length or 0) // 2**20
             description = f"the body is over {limit} MiB; send less, or split the request"
         allowed = ""
         if isinstance(error, MethodNotAllowed):
@@ -393,14 +455,15 @@ def main(argv: list[str]) -> int:
         cluster = connect(
             config, run_dir, owner_pid=owner_pid, on_ready=ready, on_orphaned=orphaned
         )
-        store = open_store(config.jobs, config.port)
-        return create_app(cluster, config.http, admission, cards, jobs=(store, config.jobs))
+        jobs = (open_store(config.jobs, directory), directory, config.jobs)
+        return create_app(cluster, config.http, admission, cards, jobs=jobs)
 
     try:
         cards = read_cards()
         # Opened for a moment only: a mistake is told here, and nothing open survives a fork.
         Admission(config.admission, os.environ).close()
-        open_store(config.jobs, config.port).close()
+        directory = config.jobs.directory(config.port)
+        open_store(config.jobs, directory).close()
         serve(listen(config.host, config.port), make_app, config.http)
     except StartupError as error:
         run_dir.set_fatal(str(error))

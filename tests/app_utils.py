@@ -23,12 +23,18 @@ def make_app(
     settings: HttpConfig | None = None,
     table: dict[str, Any] | None = None,
     environ: dict[str, str] | None = None,
+    **more: Any,
 ) -> flask.Flask:
-    """`table`: [admission] of the configuration file, which is kept in memory by default."""
+    """`table`: [admission] of the configuration file, which is kept in memory by default; `more`
+    goes to create_app."""
     config = convert({"state": MEMORY_STATE, **(table or {})}, AdmissionConfig)
     admission = Admission(config, environ or {})
     return frontend.create_app(
-        cluster, settings or HttpConfig(), admission, CARDS, clock=lambda: 1234.5
+        cluster,
+        settings or HttpConfig(),
+        admission,
+        CARDS,
+        **{"clock": lambda: 1234.5, **more},
     )
 
 

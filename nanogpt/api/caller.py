@@ -44,6 +44,17 @@ class Caller:
         """The key's share, relative to those of others."""
         return self._known.weight
 
+    @classmethod
+    def of_owner(cls, admission: Admission, owner: str, request_id: str) -> "Caller":
+        """Whoever left this work to be done later. Raises Unauthorized when the key is gone."""
+        caller = cls(admission, request_id)
+        caller.principal = admission.named(owner)
+        return caller
+
+    @property
+    def is_admin(self) -> bool:
+        return self._known.admin
+
     def owns(self, owner: str) -> bool:
         """Whether what belongs to that key may be seen and changed."""
         return self._known.admin or owner == self.name
@@ -77,6 +88,18 @@ class Caller:
             prompts=plan.prompt_texts,
             prompt_tokens=plan.prompt_tokens,
             max_new_tokens=choices * request.params.max_tokens,
+        )
+
+    def admit_line(self, plan: Plan) -> None:
+        """As `admit`, for a line of a batch: it counts against no limit, since it waits until
+        nobody else has work. Raises Banned, and InvalidRequest for blocked content."""
+        self._admission.admit_line(
+            self._known,
+            user=self.user,
+            request_id=self._request_id,
+            model=plan.request.model,
+            prompts=plan.prompt_texts,
+            prompt_tokens=plan.prompt_tokens,
         )
 
     def refused(self, error: ApiError) -> None:

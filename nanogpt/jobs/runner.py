@@ -8,7 +8,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from nanogpt.errors import Unavailable
 from nanogpt.jobs.store import Job, Kind, Lane, Status, Store, StoreUnavailable
@@ -51,14 +51,15 @@ class Lease:
         self._note(job is not None and job.fence == self.job.fence and not job.ended)
         self.cancelled |= job is not None and job.cancelled is not None
 
-    def records(self) -> list[bytes]:
-        """What was appended so far, under any lease."""
-        found: list[bytes] = []
+    def each_record(self) -> Iterator[bytes]:
+        """What was appended so far, under any lease; a part at a time is in memory."""
+        count = 0
         while True:
-            _, more = self._store.read(self.job.id, len(found))
+            _, more = self._store.read(self.job.id, count)
             if not more:
-                return found
-            found += more
+                return
+            count += len(more)
+            yield from more
 
     def append(self, records: Sequence[bytes], state: bytes | None = None) -> None:
         """Raises LeaseLost; StoreUnavailable, and then nothing was kept."""

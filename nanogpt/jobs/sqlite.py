@@ -88,10 +88,10 @@ class _Write(Generic[T]):
         return self._value  # type: ignore[return-value]
 
 
-def open_store(config: JobsConfig, port: int) -> "SqliteStore":
-    """The store of the server on this port. Raises StartupError."""
+def open_store(config: JobsConfig, directory: Path) -> "SqliteStore":
+    """The store in this directory, which is made if need be. Raises StartupError."""
     return SqliteStore(
-        config.directory(port),
+        directory,
         max_queued=config.max_queued,
         max_bytes=config.max_store_mb * 10**6,
     )

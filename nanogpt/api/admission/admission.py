@@ -135,6 +135,13 @@ class Admission:
         self._check_bans(_Caller(principal, "", request_id))
         return principal
 
+    def named(self, key_name: str) -> Principal:
+        """Who left work under this key to be done later. Raises Unauthorized when it is gone."""
+        principal = self._live.ring.named(key_name)
+        if principal is None:
+            raise Unauthorized(f"the API key {key_name!r} that asked for this is no longer valid")
+        return principal
+
     def precheck(
         self, principal: Principal, *, user: str | None, request_id: str, model: str
     ) -> None:
@@ -194,6 +201,24 @@ class Admission:
         )
         self._recorder.note(entry)
         return ticket
+
+    def admit_line(
+        self,
+        principal: Principal,
+        *,
+        user: str | None,
+        request_id: str,
+        model: str,
+        prompts: Sequence[str],
+        prompt_tokens: int,
+    ) -> None:
+        """A line of a batch, which no limit applies to. Raises Banned, or InvalidRequest for
+        blocked content and for a `user` that is too long.
+        """
+        caller = _Caller(principal, clean_user(user), request_id, model)
+        self._check_bans(caller)
+        self._check_content(caller, prompts)
+        self._recorder.note(self._entry(caller, decision="admitted", prompt_tokens=prompt_tokens))
 
     def refused(
         self, principal: Principal, *, user: str | None, request_id: str, error: ApiError

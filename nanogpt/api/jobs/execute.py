@@ -39,7 +39,7 @@ class CompletionExecutor:
         self._cluster, self._metrics, self._settle = cluster, metrics, settle
 
     def __call__(self, lease: Lease) -> None:
-        records = lease.records()
+        records = list(lease.each_record())
         plan = outcome.plan_of(lease.job)
         info = find_model(self._cluster.models(), plan.request.model)
         tokenizer = self._cluster.tokenizer(info.name)

@@ -1,15 +1,22 @@
 """Everything that keeps work: the store, the runner, and the routes' objects, as one thing."""
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from nanogpt.api.admission import Admission
 from nanogpt.api.backend import Cluster
 from nanogpt.api.jobs import outcome
+from nanogpt.api.jobs.batch_run import BatchExecutor, Room
+from nanogpt.api.jobs.batches import BatchRoutes
 from nanogpt.api.jobs.completions import Completions
 from nanogpt.api.jobs.execute import CompletionExecutor
+from nanogpt.api.jobs.files import FileRoutes
+from nanogpt.api.jobs.lines import LineRunner
 from nanogpt.api.service import Service
+from nanogpt.jobs.files import Files
 from nanogpt.jobs.runner import Runner
 from nanogpt.jobs.store import Job, Store, StoreUnavailable
 from nanogpt.jobs_config import JobsConfig
@@ -25,23 +32,46 @@ class Stored:
         self,
         service: Service,
         store: Store,
-        cluster: Cluster,
-        cards: Mapping[str, ModelCard],
+        directory: Path,
         config: JobsConfig,
+        *,
+        cluster: Cluster,
+        admission: Admission,
+        cards: Mapping[str, ModelCard],
+        max_body_bytes: int,
         clock: Callable[[], float],
     ) -> None:
+        """`directory`: where the content of files is kept."""
         self._store = store
-        self.completions = Completions(
-            service, store, cluster, cards, keep_s=config.keep_hours * HOUR_S, clock=clock
+        keep_s = config.keep_hours * HOUR_S
+        self.completions = Completions(service, store, cluster, cards, keep_s=keep_s, clock=clock)
+        self._contents = Files(
+            directory / "files",
+            store,
+            max_file_bytes=config.max_file_mb * 10**6,
+            max_bytes=config.max_store_mb * 10**6,
+            clock=clock,
         )
-        completion = CompletionExecutor(cluster, service.metrics, self.completions.settle)
+        self.files = FileRoutes(self._contents, store, keep_s=keep_s)
+        self.batches = BatchRoutes(self.files, store, cluster, keep_s=keep_s, clock=clock)
         self._runner = Runner(
             store,
-            {"completion": completion},
+            {
+                "completion": CompletionExecutor(cluster, service.metrics, self.completions.settle),
+                "batch": BatchExecutor(
+                    LineRunner(cluster, cards, admission, service.metrics, clock),
+                    self._contents,
+                    Room(config.max_running),
+                    max_line_bytes=max_body_bytes,
+                    keep_s=keep_s,
+                    clock=clock,
+                ),
+            },
             ready=lambda: cluster.ready() and bool(cluster.models()),
             size=_size,
             room=config.max_running,
             failed=self._failed,
+            on_swept=self._contents.forget,
         )
         service.metrics.add(_JobsCollector(store))
         service.companion = self
@@ -58,12 +88,16 @@ class Stored:
         self._store.close()
 
     def _failed(self, job: Job, error: Exception) -> bytes:
+        if job.kind == "batch":
+            return b""
         self.completions.settle(job.id, 0, 0)
         return outcome.encode(outcome.failure(error))
 
 
 def _size(job: Job) -> int:
-    """Choices that a job has generated at once."""
+    """Choices that a job has generated at once. The lines of batches share a room of their own."""
+    if job.kind == "batch":
+        return 0
     request = outcome.plan_of(job).request
     return len(request.prompts) * request.n
 

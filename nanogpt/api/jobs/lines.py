@@ -1,0 +1,149 @@
+"""One line of a batch: the same way as a request, behind everybody else's."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import msgspec
+
+from nanogpt.api import errors
+from nanogpt.api.admission import Admission
+from nanogpt.api.assemble import Assembler
+from nanogpt.api.backend import Cluster, Handle
+from nanogpt.api.caller import Caller
+from nanogpt.api.errors import ClientGone
+from nanogpt.api.exchange import Exchange
+from nanogpt.api.jobs.completions import BATCH_PRIORITY, behind
+from nanogpt.api.metrics import Metrics
+from nanogpt.api.plan import Plan, find_model, make_plan, real_name
+from nanogpt.api.protocol import CompletionRequest, parse_completion, prompt_count
+from nanogpt.api.response import Collected, encode
+from nanogpt.errors import ApiError, InvalidRequest, Unavailable
+from nanogpt.registry import ModelCard
+
+RETRY_S = 0.5  # after a cluster that was full
+
+
+class LineAnswer(NamedTuple):
+    status: int
+    body: bytes
+
+
+class Stopped(Exception):
+    """The line was given up before its end: it has no result."""
+
+
+class LineRunner:
+    """Thread-safe."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        cards: Mapping[str, ModelCard],
+        admission: Admission,
+        metrics: Metrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self._cluster, self._cards, self._admission = cluster, cards, admission
+        self._metrics, self._clock = metrics, clock
+
+    def parse(self, body: bytes) -> CompletionRequest:
+        """Raises InvalidRequest."""
+        request = parse_completion(body, "application/json")
+        for field in ("stream", "background"):
+            if getattr(request, field):
+                raise InvalidRequest(
+                    f"{field} is not possible in a batch; leave it out", param=field
+                )
+        return request
+
+    def run(
+        self,
+        request: CompletionRequest,
+        *,
+        owner: str,
+        request_id: str,
+        seed: int,
+        stopped: Callable[[], bool],
+    ) -> LineAnswer:
+        """`seed` is for a request without one. Raises Stopped soon after `stopped` says so."""
+        try:
+            return LineAnswer(200, self._run(request, owner, request_id, seed, stopped))
+        except Stopped:
+            raise
+        except Exception as error:
+            return refused(error)
+
+    def _run(
+        self,
+        request: CompletionRequest,
+        owner: str,
+        request_id: str,
+        seed: int,
+        stopped: Callable[[], bool],
+    ) -> bytes:
+        if request.seed is None:
+            request = msgspec.structs.replace(request, seed=seed)
+        caller = Caller.of_owner(self._admission, owner, request_id)
+        models = self._cluster.models()
+        info = find_model(caller.visible(models), real_name(models, request.model, self._cards))
+        caller.user = request.user
+        tokenizer = self._cluster.tokenizer(info.name)
+        plan = behind(
+            make_plan(
+                request,
+                info,
+                tokenizer,
+                tenant=caller.tenant,
+                weight=caller.weight,
+                clock=self._clock,
+            ),
+            BATCH_PRIORITY,
+        )
+        caller.admit_line(plan)
+        assembler = Assembler(plan, tokenizer)
+        return self._generate(plan, assembler, self._submit(plan, stopped), stopped)
+
+    def _submit(self, plan: Plan, stopped: Callable[[], bool]) -> Handle:
+        while True:
+            try:
+                return self._cluster.submit(plan.request)
+            except Unavailable:
+                if stopped():
+                    raise Stopped from None
+                time.sleep(RETRY_S)
+
+    def _generate(
+        self, plan: Plan, assembler: Assembler, handle: Handle, stopped: Callable[[], bool]
+    ) -> bytes:
+        exchange = Exchange(
+            plan,
+            handle,
+            assembler,
+            self._metrics,
+            started=time.monotonic(),
+            is_client_gone=stopped,
+            must_end=lambda: False,
+            on_close=lambda prompt_tokens, completion_tokens: None,
+            queue_timeout_s=float("inf"),
+        )
+        collected = Collected(plan)
+        try:
+            for deltas in exchange.deltas():
+                collected.add(deltas or ())
+        except ClientGone:
+            raise Stopped from None
+        finally:
+            exchange.close()
+        return encode(collected.completion(assembler, assembler.best(plan.completion.n)))
+
+
+def choices(request: CompletionRequest) -> int:
+    """That are generated at once."""
+    return prompt_count(request) * request.generated
+
+
+def refused(error: Exception) -> LineAnswer:
+    """The answer of a line that ended in an error."""
+    known = error if isinstance(error, ApiError) else errors.unexpected(error)
+    return LineAnswer(known.status, errors.body(known))

@@ -1,0 +1,42 @@
+"""The application with stored jobs, on a fake cluster."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import flask
+
+from nanogpt.jobs.sqlite import open_store
+from nanogpt.jobs_config import JobsConfig
+from tests.app_utils import make_app
+from tests.fake_cluster import FakeCluster
+
+WAIT_S = 60  # a busy machine may take long; a test never waits for this when all is well
+
+
+@contextlib.contextmanager
+def jobs_app(
+    directory: Path,
+    cluster: FakeCluster | None = None,
+    config: JobsConfig | None = None,
+    **more: Any,
+) -> Iterator[flask.Flask]:
+    """Closed at the end, as a server that is told to stop."""
+    config = config or JobsConfig()
+    jobs = (open_store(config, directory), directory, config)
+    app = make_app(cluster or FakeCluster(), jobs=jobs, **{"clock": time.time, **more})
+    try:
+        yield app
+    finally:
+        app.extensions["nanogpt"].close()
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    """What the condition gives, once it is true."""
+    deadline = time.monotonic() + WAIT_S
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.01)
+    return found
