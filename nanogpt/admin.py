@@ -12,16 +12,18 @@ import argparse
 import getpass
 import os
 import re
+import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import msgspec
 
 from nanogpt.admission_config import AdmissionConfig, KeyConfig, OwnLimits
 from nanogpt.api.admission import keys
+from nanogpt.api.admission.audit import Entry, open_audit
 from nanogpt.api.admission.bans import Ban, new_ban
 from nanogpt.api.admission.clock import utc
 from nanogpt.api.admission.explain import Explanation, explain
@@ -49,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run(args, state, config)
     except NanogptError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+    except sqlite3.Error as error:  # a full disk, a server that writes all the time
+        print(f"error: can't use the state file {path}: {error}", file=sys.stderr)
+    return 2
 
 
 def _config(args: argparse.Namespace, environ: Mapping[str, str]) -> AdmissionConfig:
@@ -64,12 +68,14 @@ def _config(args: argparse.Namespace, environ: Mapping[str, str]) -> AdmissionCo
 # users
 
 
-def _users_ban(args: argparse.Namespace, state: State, _: AdmissionConfig) -> int:
-    return _ban(Subject(args.key, _user(args.user)), args, state)
+def _users_ban(args: argparse.Namespace, state: State, config: AdmissionConfig) -> int:
+    if args.key:
+        _warn_of_unknown_key(args.key, state, config)
+    return _ban(Subject(args.key, _user(args.user)), args, state, config)
 
 
-def _users_unban(args: argparse.Namespace, state: State, _: AdmissionConfig) -> int:
-    return _unban(Subject(args.key, _user(args.user)), state)
+def _users_unban(args: argparse.Namespace, state: State, config: AdmissionConfig) -> int:
+    return _unban(Subject(args.key, _user(args.user)), state, config)
 
 
 def _users_list(args: argparse.Namespace, state: State, _: AdmissionConfig) -> int:
@@ -119,7 +125,7 @@ def _say(text: str) -> None:
 # keys
 
 
-def _keys_create(args: argparse.Namespace, state: State, _: AdmissionConfig) -> int:
+def _keys_create(args: argparse.Namespace, state: State, config: AdmissionConfig) -> int:
     keys.check_name(args.name)
     secret = keys.generate()
     settings = convert(
@@ -139,7 +145,9 @@ def _keys_create(args: argparse.Namespace, state: State, _: AdmissionConfig) -> 
         },
         KeyConfig,
     )
-    state.add_key(keys.Key(name=args.name, settings=settings, created=time.time()))
+    with _audited(config) as note:
+        state.add_key(keys.Key(name=args.name, settings=settings, created=time.time()))
+        note(Entry(decision="create", key=args.name))
     print(secret)
     print(
         f"This is the key {args.name!r}: keep it now, only its digest is stored.", file=sys.stderr
@@ -169,47 +177,74 @@ def _limits_text(whose: str, limits: OwnLimits) -> str:
     return "".join(f"; {whose}{kind}/min {n}" for kind, n in shown.items())
 
 
-def _keys_revoke(args: argparse.Namespace, state: State, _: AdmissionConfig) -> int:
-    if not state.revoke_key(args.name, time.time()):
-        print(f"there is no valid key {args.name!r} in {state.path}", file=sys.stderr)
-        return 1
+def _keys_revoke(args: argparse.Namespace, state: State, config: AdmissionConfig) -> int:
+    with _audited(config) as note:
+        if not state.revoke_key(args.name, time.time()):
+            print(f"there is no valid key {args.name!r} in {state.path}", file=sys.stderr)
+            return 1
+        note(Entry(decision="revoke", key=args.name))
     print(f"revoked {args.name}")
     return 0
 
 
-def _keys_ban(args: argparse.Namespace, state: State, _: AdmissionConfig) -> int:
+def _keys_ban(args: argparse.Namespace, state: State, config: AdmissionConfig) -> int:
     keys.check_name(args.name)
     stored = [key for key in state.api_keys() if key.name == args.name and key.revoked is None]
     if any(key.settings.admin for key in stored):
         raise ConfigError("an admin key can't be banned; revoke it")
-    if not stored:
-        print(f"note: {args.name!r} is no key of {state.path}", file=sys.stderr)
-    return _ban(Subject(args.name, ""), args, state)
+    _warn_of_unknown_key(args.name, state, config)
+    return _ban(Subject(args.name, ""), args, state, config)
 
 
-def _keys_unban(args: argparse.Namespace, state: State, _: AdmissionConfig) -> int:
+def _keys_unban(args: argparse.Namespace, state: State, config: AdmissionConfig) -> int:
     keys.check_name(args.name)
-    return _unban(Subject(args.name, ""), state)
+    return _unban(Subject(args.name, ""), state, config)
 
 
 # Both
 
 
-def _ban(subject: Subject, args: argparse.Namespace, state: State) -> int:
+def _ban(subject: Subject, args: argparse.Namespace, state: State, config: AdmissionConfig) -> int:
     ban = new_ban(subject, args.reason, _operator(), time.time(), args.seconds)
-    state.put_ban(ban, replace=True)
+    with _audited(config) as note:
+        state.put_ban(ban, replace=True)
+        note(Entry(decision="ban", key=ban.key, user=ban.user, reason=ban.reason))
     _say(str(ban))
     return 0
 
 
-def _unban(subject: Subject, state: State) -> int:
-    lifted = state.lift(subject, time.time())
+def _unban(subject: Subject, state: State, config: AdmissionConfig) -> int:
+    with _audited(config) as note:
+        lifted = state.lift(subject, time.time())
+        for ban in lifted:
+            note(Entry(decision="unban", key=ban.key, user=ban.user))
     for ban in lifted:
         _say(f"lifted: {ban}")
     if not lifted:
         print(f"nothing shuts {subject} out; see: users list", file=sys.stderr)
         return 1
     return 0
+
+
+@contextmanager
+def _audited(config: AdmissionConfig) -> Iterator[Callable[[Entry], None]]:
+    """What notes an entry in the log that the server writes, too. Raises StartupError, before
+    anything is changed, when that can't be opened.
+    """
+    audit = open_audit(config)
+    if audit is None:
+        yield lambda entry: None
+        return
+    with closing(audit):
+        now, by = round(time.time(), 3), _operator()
+        yield lambda entry: audit.write(msgspec.structs.replace(entry, time=now, by=by))
+
+
+def _warn_of_unknown_key(name: str, state: State, config: AdmissionConfig) -> None:
+    """Not an error: a key may stand in the server's NANOGPT_API_KEYS."""
+    known = {key.name for key in state.api_keys() if key.revoked is None} | config.keys.keys()
+    if name not in known:
+        print(f"note: {name!r} is no key of {state.path}", file=sys.stderr)
 
 
 def _print_bans(bans: Iterable[Ban]) -> None:

@@ -1,6 +1,7 @@
 """python -m nanogpt.admin: keys and bans from the command line."""
 
 import re
+import sqlite3
 import stat
 from contextlib import closing
 
@@ -12,7 +13,7 @@ from nanogpt.api.admission.bans import Ban
 from nanogpt.api.admission.live import REFRESH_S
 from nanogpt.api.admission.state import State
 from nanogpt.errors import Banned, InvalidRequest, RateLimited, Unauthorized
-from tests.admission_utils import Client, FakeClock, make_config
+from tests.admission_utils import Client, FakeClock, audit_lines, make_config
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +135,50 @@ def test_ban_of_a_user_of_a_key(run, server):
     Client(server, f"Bearer {keys[1]}").ask("u")
     assert run("users", "unban", "u", "--key", "b")[0] == 1
     assert run("users", "unban", "u")[0] == 0
+
+
+def test_what_operators_do_is_in_the_audit_log(run, tmp_path):
+    """Only what came over HTTP was."""
+    run("keys", "create", "team-a")
+    run("users", "ban", "mallory", "--reason", "spam")
+    run("users", "unban", "mallory")
+    run("users", "unban", "nobody")
+    run("keys", "revoke", "team-a")
+    entries = audit_lines(tmp_path)
+    assert [entry["decision"] for entry in entries] == ["create", "ban", "unban", "revoke"]
+    assert all(entry["by"] and entry["time"] for entry in entries)
+    assert entries[1]["reason"] == "spam"
+    assert [entry.get("user") for entry in entries] == [None, "mallory", "mallory", None]
+    assert [entry.get("key") for entry in entries] == ["team-a", None, None, "team-a"]
+
+
+def test_nothing_is_changed_when_the_audit_log_can_not_be_written(run, tmp_path):
+    (tmp_path / "audit.jsonl").mkdir()
+    code, _, problem = run("users", "ban", "mallory", "--reason", "spam")
+    assert code == 2
+    assert "audit log" in problem
+    assert run("users", "list")[1] == ""
+
+
+def test_a_key_that_nobody_has_is_pointed_out(run):
+    """A mistyped name banned nobody, in silence."""
+    run("keys", "create", "team-a")
+    for arguments in (("users", "ban", "bob", "--key", "taem-a"), ("keys", "ban", "taem-a")):
+        code, _, note = run(*arguments, "--reason", "spam")
+        assert code == 0  # it may stand in NANOGPT_API_KEYS
+        assert "'taem-a' is no key" in note
+    assert "note" not in run("users", "ban", "bob", "--key", "team-a", "--reason", "x")[2]
+
+
+def test_a_state_that_others_write_all_the_time(run, tmp_path, monkeypatch):
+    """It was a traceback."""
+    monkeypatch.setattr("nanogpt.api.admission.state.BUSY_S", 0.05)
+    run("keys", "create", "team-a")
+    with closing(sqlite3.connect(tmp_path / "state.sqlite", isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        code, _, problem = run("users", "ban", "mallory", "--reason", "spam")
+    assert code == 2
+    assert "locked" in problem
 
 
 def test_explain(run, tmp_path):

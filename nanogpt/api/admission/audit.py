@@ -29,7 +29,9 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One decision. What does not apply is left out."""
 
     time: float = 0.0  # seconds since the epoch
-    decision: str = ""  # admitted, refused, strike, cooldown, ban, unban
+    # admitted, refused, cooldown, ban, unban; gave_up: a pattern took too long and was no match;
+    # create, revoke: a key
+    decision: str = ""
     code: str = ""  # of the error: invalid_api_key, user_banned, requests, …
     request_id: str = ""
     key: str = ""  # its name
