@@ -36,7 +36,6 @@ from nanogpt.api.jobs.stored import Stored
 from nanogpt.api.jobs.upload import FRAME_BYTES
 from nanogpt.api.listener import listen
 from nanogpt.api.operators import Operators
-from nanogpt.api.protocol import parse_completion
 from nanogpt.api.server import malformed_request, serve
 from nanogpt.api.service import Service
 from nanogpt.cluster.client import ClusterStatus
@@ -108,8 +107,9 @@ def create_app(
 def _add_completions(app: flask.Flask, service: Service) -> None:
     @app.post("/v1/completions")
     def completions() -> flask.Response:
-        asked = parse_completion(_body(), flask.request.content_type)
-        return _response(service.complete(flask.g.caller, asked, _peer(), flask.g.started))
+        caller = flask.g.caller
+        asked = caller.read_completion(_body(), flask.request.content_type)
+        return _response(service.complete(caller, asked, _peer(), flask.g.started))
 
 
 def _add_stored_completions(app: flask.Flask, stored: Stored) -> None:

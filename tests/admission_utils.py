@@ -7,6 +7,10 @@ from typing import Any
 from nanogpt.api.admission import Admission, AdmissionConfig, Principal, Ticket
 from nanogpt.config import convert
 
+# Backtracks without end on a run of "a" that something else follows.
+CATASTROPHE = r"(a|aa)+$"
+PREY = "a" * 5000 + "b"
+
 
 class FakeClock:
     """Both clocks of `time`; they move when a test says so."""

@@ -31,14 +31,20 @@ from nanogpt.errors import (
     ConfigError,
     ContextLengthExceeded,
     InvalidRequest,
-    ModelNotFound,
     NotFound,
     RateLimited,
     ServerError,
     StartupError,
     Unauthorized,
 )
-from tests.admission_utils import Client, FakeClock, audit_lines, make_config
+from tests.admission_utils import (
+    CATASTROPHE,
+    PREY,
+    Client,
+    FakeClock,
+    audit_lines,
+    make_config,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-test-0123456789abcdef"
@@ -142,15 +148,13 @@ def test_keys_from_everywhere(start, tmp_path):
     assert admission.authenticate(f"Bearer {KEY}").models == ("gpt2",)
 
 
-def test_a_key_has_its_own_limits_and_models(start):
-    keys = {"team-a": {"models": ["gpt2"], "limits": {"requests_per_minute": 1}}}
+def test_a_key_has_its_own_limits(start):
+    keys = {"team-a": {"limits": {"requests_per_minute": 1}}}
     admission = start(
         ENVIRON, keys=keys, key_limits={"requests_per_minute": 9, "tokens_per_minute": 50}
     )
     ours, theirs = Client(admission, f"Bearer {KEY}"), Client(admission, f"Bearer {OTHER}")
-    with pytest.raises(ModelNotFound, match="gpt2"):
-        ours.ask(model="gpt2-xl")
-    theirs.ask(model="gpt2-xl")
+    theirs.ask()
     ours.ask()
     with pytest.raises(RateLimited):
         ours.ask()
@@ -390,6 +394,47 @@ def test_a_state_that_breaks_leaves_the_bans_in_force(start, clock, tmp_path, ca
     assert "stay as they are" in caplog.text
 
 
+def break_writing(admission):
+    """As with a full disk, or one that went read-only."""
+    admission._state._db.execute("PRAGMA query_only = ON")
+
+
+def test_rules_act_also_when_nothing_can_be_written(start, clock, caplog):
+    """What could not be written did not hold, so a full disk let everybody go on for ever."""
+    admission = start(refusals=RULE)
+    break_writing(admission)
+    refuse(admission, times=3)
+    for _ in range(3):
+        with pytest.raises(RateLimited, match="rule refusals"):
+            Client(admission).ask()
+        clock.advance(REFRESH_S)  # looking for changes in the file forgets nothing
+    assert [ban.user for ban in admission.bans()] == ["alice"]
+    assert "holds until this process ends" in caplog.text
+    clock.advance(RULE["cooldown_s"])
+    Client(admission).ask()
+
+
+def test_a_rule_acts_also_when_the_keys_can_not_be_read(start, tmp_path, clock):
+    """The request that reached a rule's number was a 500, and the rule did nothing."""
+    admission = start(refusals=RULE)
+    with closing(sqlite3.connect(tmp_path / "state.sqlite")) as db, db:
+        db.execute("INSERT INTO keys VALUES ('00', 'a', '{\"wat\": 1}', 0, NULL)")
+    refuse(admission, times=3)
+    with pytest.raises(RateLimited, match="rule refusals"):
+        Client(admission).ask()
+
+
+@pytest.mark.parametrize("what", ["ban", "unban"])
+def test_an_operator_is_told_of_a_state_that_can_not_be_written(start, what):
+    """It was a 500 that said nothing."""
+    admission = start()
+    admission.ban(user="alice", reason="x", seconds=None, by="ops")
+    break_writing(admission)
+    arguments = {"reason": "spam", "seconds": None} if what == "ban" else {}
+    with pytest.raises(ServerError, match="readonly"):
+        getattr(admission, what)(user="alice", by="ops", **arguments)
+
+
 def test_in_memory_nothing_is_kept(clock, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     admission = Admission(make_config(tmp_path, state=":memory:"), {}, clock)
@@ -586,6 +631,33 @@ def test_blocked_prompts_are_strikes(start):
             client.ask(prompt="bomb")
     with pytest.raises(RateLimited, match="rule content"):
         client.ask()
+
+
+def test_a_pattern_that_is_given_up_is_noted(start, tmp_path):
+    """It counted as no match, and only one line of the server's own log ever said so."""
+    admission = start(
+        content={"patterns": {"slow": CATASTROPHE, "other": "z$"}, "pattern_timeout_ms": 5}
+    )
+    Client(admission).ask(prompt=PREY)
+    given_up, admitted = audit_lines(tmp_path)
+    assert (given_up["decision"], given_up["reason"]) == ("gave_up", "pattern slow")
+    assert given_up["request_id"] == admitted["request_id"]
+    assert admitted["decision"] == "admitted"
+    assert admission.stats().decisions["gave_up", "content"] == 1
+    assert admission.stats().pattern_timeouts == 1
+
+
+def test_a_ban_ends_what_runs_and_a_cooldown_does_not(start):
+    admission = start(refusals=RULE)
+    principal = Client(admission).principal
+    who = {"user": "alice", "request_id": "r"}
+    refuse(admission, times=3)
+    with pytest.raises(RateLimited):
+        admission.check_bans(principal, **who)
+    admission.check_running(principal, **who)
+    admission.ban(user="alice", reason="x", seconds=None, by="ops")
+    with pytest.raises(Banned):
+        admission.check_running(principal, **who)
 
 
 def test_dry_run_only_reports(start, tmp_path):

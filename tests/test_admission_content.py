@@ -8,11 +8,7 @@ from nanogpt.admission_config import ContentRule
 from nanogpt.api.admission.content import Content, Finding, fold, plain
 from nanogpt.config import convert
 from nanogpt.errors import ConfigError
-from tests.admission_utils import FakeClock
-
-# Backtracks without end on a run of "a" that something else follows.
-CATASTROPHE = r"(a|aa)+$"
-PREY = "a" * 5000 + "b"
+from tests.admission_utils import CATASTROPHE, PREY, FakeClock
 
 
 def content(**table):
@@ -35,7 +31,10 @@ def content(**table):
     ],
 )
 def test_terms_are_found(term, prompt):
-    assert content(terms=[term, "foo barn yard"]).find(["innocent", prompt]) == ("term", term)
+    assert content(terms=[term, "foo barn yard"]).find(["innocent", prompt]).finding == (
+        "term",
+        term,
+    )
 
 
 @pytest.mark.parametrize(
@@ -43,7 +42,7 @@ def test_terms_are_found(term, prompt):
     [("ass", "a classic"), ("ass", "assess"), ("bomb", "bo mb"), ("42", "1421"), ("foo", "")],
 )
 def test_parts_of_words_are_not_terms(term, prompt):
-    assert content(terms=[term]).find([prompt]) is None
+    assert content(terms=[term]).find([prompt]).finding is None
 
 
 @given(
@@ -53,7 +52,7 @@ def test_parts_of_words_are_not_terms(term, prompt):
 def test_the_trie_finds_what_a_plain_search_finds(terms, prompt):
     padded = f" {fold(prompt)} "
     expected = any(f" {fold(term)} " in padded for term in terms)
-    assert (content(terms=terms).find([prompt]) is not None) == expected
+    assert (content(terms=terms).find([prompt]).finding is not None) == expected
 
 
 @given(st.text())
@@ -68,17 +67,21 @@ def test_a_pile_of_marks_costs_nothing():
 
 def test_patterns_are_named_and_see_the_plain_text():
     found = content(patterns={"card": r"\b(?:\d[ -]?){15}\d\b"})
-    assert found.find(["no 4111 1111 1111", "my card: 4111-1111-1111-1111"]) == ("pattern", "card")
-    assert found.find(["\uff14" + "\uff11" * 15]) == Finding("pattern", "card")
-    assert found.find(["4111"]) is None
+    assert found.find(["no 4111 1111 1111", "my card: 4111-1111-1111-1111"]).finding == (
+        "pattern",
+        "card",
+    )
+    assert found.find(["\uff14" + "\uff11" * 15]).finding == Finding("pattern", "card")
+    assert found.find(["4111"]).finding is None
 
 
 def test_a_pattern_that_takes_too_long_is_no_match_and_is_counted(caplog):
     rule = content(patterns={"bad": CATASTROPHE, "good": "b$"}, pattern_timeout_ms=5)
-    assert rule.find([PREY]) == ("pattern", "good")
+    assert rule.find([PREY]).finding == ("pattern", "good")
     assert rule.timeouts == 1
-    assert rule.find([PREY]) == ("pattern", "good")
-    assert rule.timeouts == 2
+    assert rule.find([PREY, PREY]).given_up == ("bad",)
+    assert rule.find([PREY]).finding == ("pattern", "good")
+    assert rule.timeouts == 3
     assert len(caplog.messages) == 1, "a client must not fill the log"
     assert "'bad'" in caplog.text
     assert PREY[:50] not in caplog.text
@@ -95,7 +98,7 @@ class Hurried(FakeClock):
 def test_all_patterns_together_have_a_limit_too():
     rule = ContentRule(patterns={"never": "z"}, total_timeout_ms=10)
     hurried = Content(rule, Hurried())
-    assert hurried.find(["text"] * 100) is None
+    assert hurried.find(["text"] * 100).finding is None
     assert hurried.timeouts == 98  # two prompts in 10 ms
 
 
@@ -103,9 +106,9 @@ def test_terms_from_a_file(tmp_path):
     file = tmp_path / "terms.txt"
     file.write_text("# the list\n\nFirst term\nzweiter\n", encoding="utf-8")
     rule = content(terms=["third"], terms_file=str(file))
-    assert rule.find(["a first TERM"]) == ("term", "First term")
-    assert rule.find(["third"]) == ("term", "third")
-    assert rule.find(["# the list"]) is None
+    assert rule.find(["a first TERM"]).finding == ("term", "First term")
+    assert rule.find(["third"]).finding == ("term", "third")
+    assert rule.find(["# the list"]).finding is None
 
 
 @pytest.mark.parametrize(
@@ -125,4 +128,4 @@ def test_mistakes_are_found_at_the_start(table, message):
 def test_many_terms_compile():
     terms = [f"term {number:05d} {'x' * (number % 20)}" for number in range(3000)]
     rule = content(terms=terms)
-    assert rule.find([f"… {terms[2999].upper()} …"]) == ("term", terms[2999])
+    assert rule.find([f"… {terms[2999].upper()} …"]).finding == ("term", terms[2999])

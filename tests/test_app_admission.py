@@ -23,7 +23,7 @@ from tests.app_utils import (
     make_app,
     official_client,
 )
-from tests.fake_cluster import INFO, FakeCluster, fail_after
+from tests.fake_cluster import INFO, FakeCluster, fail_after, play
 
 ADMIN = bearer(ADMIN_KEY)
 
@@ -115,6 +115,23 @@ def test_a_key_sees_only_its_models(cluster):
     assert client.get("/tokenizer_info", headers=bearer(KEY)).status_code == 200
 
 
+def test_the_list_of_a_key_may_hold_other_names(cluster):
+    """Only a model's very name let a key use it, though any of its names may be asked for."""
+    cluster.infos = {name: msgspec.structs.replace(INFO, name=name) for name in (NAME, "other")}
+    table = {"keys": {"team-a": {"models": ["fake"]}}}
+    client = make_app(cluster, table=table, environ=CLOSED).test_client()
+    headers = bearer(KEY)
+    assert [m["id"] for m in client.get("/v1/models", headers=headers).json["data"]] == [NAME]
+    for name in (NAME, "fake", "fake/old-name"):
+        assert complete(client, headers, model=name).status_code == 200
+    assert_error(
+        complete(client, headers, model="other"), 404, code="model_not_found", param="model"
+    )
+    cluster.infos["fake"] = msgspec.structs.replace(INFO, name="fake")  # now that is the one meant
+    assert complete(client, headers, model="fake").status_code == 200
+    assert complete(client, headers, model=NAME).status_code == 404
+
+
 def test_only_an_admin_key_goes_before_everybody_else(client):
     """A priority below 0 preempts the choices of all others."""
 
@@ -175,6 +192,62 @@ def test_a_banned_user_is_turned_away_before_any_work(client, cluster):
     for other in ("alice", None):
         assert complete(client, bearer(KEY), user=other).status_code == 200
     assert complete(client, ADMIN, user="mallory").status_code == 200  # an admin key never is
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"priority": -1}, {"temperature": 5}, {"no_such_field": 1}, {"stream_options": {}}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_a_ban_comes_before_any_other_mistake(client, cluster, wrong):
+    """A banned user learnt what was wrong with the request, and it counted against the key."""
+    ban(client, "mallory")
+    response = complete(client, bearer(KEY), user="mallory", **wrong)
+    assert_error(response, 403, "permission_error", "user_banned")
+    assert_error(complete(client, bearer(KEY), user="alice", **wrong), 400, param=next(iter(wrong)))
+    assert not cluster.handles
+
+
+@pytest.mark.parametrize("body", [b"{", b'{"user": 1}', b'{"user": "%s"}' % (b"x" * 257), b"[]"])
+def test_whose_mistake_it_is_may_be_unknown(client, body):
+    headers = {**bearer(KEY), "Content-Type": "application/json"}
+    response = client.post("/v1/completions", data=body, headers=headers)
+    assert response.status_code == 400
+
+
+def test_a_mistake_is_its_users_and_not_the_keys(cluster):
+    """The user was not yet known when the request was found wrong: a hundred such requests a
+    minute, of one user, shut out the whole key."""
+    table = {"refusals": {"strikes": 2}}
+    client = make_app(cluster, table=table, environ=CLOSED).test_client()
+    for _ in range(2):
+        assert complete(client, bearer(KEY), user="bob", temperature=5).status_code == 400
+    assert complete(client, bearer(KEY), user="bob").status_code == 429
+    assert complete(client, bearer(KEY), user="alice").status_code == 200
+    assert complete(client, bearer(KEY)).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_ban_ends_what_runs(client, cluster, stream, monkeypatch):
+    """A banned user's 128 choices went on to their last token."""
+    monkeypatch.setattr("nanogpt.api.exchange.POLL_S", 0.01)
+    cluster.script, cluster.delay_s = play([b"hello " * 10]), 0.02
+    submit = cluster.submit
+
+    def then_ban(request):
+        handle = submit(request)
+        assert ban(client.application.test_client(), "mallory").status_code == 200
+        return handle
+
+    cluster.submit = then_ban
+    response = complete(client, bearer(KEY), user="mallory", max_tokens=60, stream=stream)
+    if stream:
+        events = response.get_data(as_text=True).strip().split("\n\n")
+        error = json.loads(events[-1].removeprefix("data: "))["error"]
+        assert (error["type"], error["code"]) == ("permission_error", "user_banned")
+    else:
+        assert_error(response, 403, "permission_error", "user_banned")
+    assert cluster.handles[0].cancelled
 
 
 def test_a_ban_under_one_key_leaves_the_user_of_another(client):
@@ -280,6 +353,23 @@ def test_requests_per_minute(cluster):
     assert headers["x-ratelimit-remaining-requests"] == "0"
     assert cluster.tok.encoded == encoded
     assert complete(client, bearer(OTHER_KEY)).status_code == 200
+
+
+def test_tokenising_counts_as_a_request(cluster):
+    """Without limit a key could have the server tokenise for it."""
+    table = {"key_limits": {"requests_per_minute": 3}}
+    client = make_app(cluster, table=table, environ=CLOSED).test_client()
+
+    def ask(path, **body):
+        return client.post(path, json=body, headers=bearer(KEY))
+
+    assert ask("/tokenize", prompt="hi").headers["x-ratelimit-remaining-requests"] == "2"
+    assert ask("/detokenize", tokens=[1]).headers["x-ratelimit-remaining-requests"] == "1"
+    assert complete(client, bearer(KEY)).status_code == 200
+    encoded = cluster.tok.encoded
+    for response in (ask("/tokenize", prompt="hi"), ask("/detokenize", tokens=[1])):
+        assert_error(response, 429, "rate_limit_exceeded", "requests")
+    assert cluster.tok.encoded == encoded
 
 
 def test_limits_of_a_user(cluster):

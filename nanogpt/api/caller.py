@@ -7,14 +7,15 @@ from nanogpt.admission_config import ANONYMOUS
 from nanogpt.api.admission import Admission, Principal, Ticket
 from nanogpt.api.admission.subject import clean_user
 from nanogpt.api.plan import Plan
+from nanogpt.api.protocol import CompletionRequest, parse_completion, user_of
 from nanogpt.errors import ApiError, InvalidRequest
-from nanogpt.registry import ModelInfo
+from nanogpt.registry import ModelCard, ModelInfo, aliases
 
 
 class Caller:
     """The client of one request, for as long as that takes. Used by one thread at a time.
 
-    `principal` is known once `authenticate` has returned, `user` once `precheck` was called.
+    `principal` is known once `authenticate` has returned, `user` once the body has been read.
     """
 
     def __init__(self, admission: Admission, request_id: str) -> None:
@@ -59,21 +60,43 @@ class Caller:
         """Whether what belongs to that key may be seen and changed."""
         return self._known.admin or owner == self.name
 
-    def visible(self, models: Mapping[str, ModelInfo]) -> dict[str, ModelInfo]:
-        """Those that the key may use."""
-        return {name: info for name, info in models.items() if self._known.may_use(name)}
+    def visible(
+        self, models: Mapping[str, ModelInfo], cards: Mapping[str, ModelCard]
+    ) -> dict[str, ModelInfo]:
+        """Those that the key may use: all, or a list that may hold their other names."""
+        listed = self._known.models
+        if not listed:
+            return dict(models)
+        other_names = aliases(models, cards)
+        allowed = {other_names.get(name, name) for name in listed}
+        return {name: info for name, info in models.items() if name in allowed}
 
-    def precheck(self, user: str | None, model: str, priority: int) -> None:
-        """Before any work is done. Raises Banned, RateLimited, ModelNotFound, Unavailable, and
-        InvalidRequest for a priority before everybody else's (it preempts their choices)."""
+    def read_completion(self, body: bytes, content_type: str | None) -> CompletionRequest:
+        """Raises UnsupportedMediaType, InvalidRequest; but Banned or RateLimited for a user who is
+        shut out, whatever else is wrong with the request.
+        """
+        try:
+            return parse_completion(body, content_type)
+        except InvalidRequest:
+            self.user = user_of(body)  # whose mistake it is, and not the whole key's
+            self._admission.check_bans(self._known, user=self.user, request_id=self._request_id)
+            raise
+
+    def precheck(self, user: str | None, model: str, priority: int = 0) -> None:
+        """Before any work is done. Raises Banned, RateLimited, Unavailable, and InvalidRequest for
+        a priority before everybody else's (it preempts their choices)."""
         self.user = user
+        self._admission.precheck(self._known, user=user, request_id=self._request_id, model=model)
         if priority < 0 and self.name != ANONYMOUS and not self._known.admin:
             raise InvalidRequest(
                 "priority below 0 goes before everybody else's and needs an admin key; "
                 "use 0, or more to go after them",
                 param="priority",
             )
-        self._admission.precheck(self._known, user=user, request_id=self._request_id, model=model)
+
+    def check_still_allowed(self) -> None:
+        """While a request runs. Raises Banned; a cool-down lets it finish."""
+        self._admission.check_running(self._known, user=self.user, request_id=self._request_id)
 
     def admit(self, plan: Plan) -> Ticket:
         """Reserve the tokens that the plan may take. Raises RateLimited, InvalidRequest,

@@ -8,6 +8,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from nanogpt.api.admission.subject import MAX_USER_CHARS
 from nanogpt.api.decode import check_content_type, decode
 from nanogpt.errors import InvalidRequest
 
@@ -127,7 +128,14 @@ class CompletionRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     ) = None
     suffix: Annotated[str, Meta(description="null: no model here supports insertion")] | None = None
     user: (
-        Annotated[str, Meta(max_length=256, description="a string of up to 256 characters")] | None
+        Annotated[
+            str,
+            Meta(
+                max_length=MAX_USER_CHARS,
+                description=f"a string of up to {MAX_USER_CHARS} characters",
+            ),
+        ]
+        | None
     ) = None
     top_k: Annotated[
         int,
@@ -221,6 +229,23 @@ def parse_completion(body: bytes, content_type: str | None) -> CompletionRequest
             param="min_tokens",
         )
     return request
+
+
+class _Sender(msgspec.Struct):
+    """Of any JSON object the one field that says whose it is."""
+
+    user: Annotated[str, Meta(max_length=MAX_USER_CHARS)] | None = None
+
+
+_SENDER = msgspec.json.Decoder(_Sender)
+
+
+def user_of(body: bytes) -> str | None:
+    """The `user` of a request that is wrong somewhere else; None when it can't be made out."""
+    try:
+        return _SENDER.decode(body).user
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def _check_unsupported(request: CompletionRequest) -> None:

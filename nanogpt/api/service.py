@@ -1,5 +1,6 @@
 """Every route's work, without a web framework: from bytes and strings to an Answer."""
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -136,7 +137,7 @@ class Service:
         models = self._cluster.models()
         name = real_name(models, request.model, self._cards)
         caller.precheck(request.user, name, request.priority)
-        info = find_model(caller.visible(models), name)
+        info = find_model(caller.visible(models, self._cards), name)
         tokenizer = self._cluster.tokenizer(info.name)
         with ExitStack() as undo:
             self.places.take()
@@ -155,6 +156,10 @@ class Service:
             handle = self._cluster.submit(plan.request)
             undo.pop_all()
 
+        def must_end() -> bool:
+            caller.check_still_allowed()
+            return self.must_end()
+
         def on_close(prompt_tokens: int, completion_tokens: int) -> None:
             self.places.give_back()
             ticket.settle(prompt_tokens, completion_tokens)
@@ -166,7 +171,7 @@ class Service:
             self.metrics,
             started=started,
             is_client_gone=client_socket.watch(socket),
-            must_end=self.must_end,
+            must_end=must_end,
             on_close=on_close,
             queue_timeout_s=self._settings.queue_timeout_s,
         )
@@ -188,7 +193,7 @@ class Service:
     # Models and their tokenizers
 
     def models(self, caller: Caller) -> Answer:
-        known = caller.visible(self._cluster.models())
+        known = caller.visible(self._cluster.models(), self._cards)
         return Answer(encode(ModelList([_model(known[name]) for name in sorted(known)])))
 
     def model(self, caller: Caller, name: str) -> Answer:
@@ -198,6 +203,7 @@ class Service:
         check_content_type(content_type)
         request = decode(body, TokenizeRequest)
         info, tokenizer = self._model_or_only(caller, request.model)
+        caller.precheck(None, info.name)  # it counts as a request
         ids = list(encode_prompt(request.prompt, info, tokenizer)) if request.prompt else []
         strings = [token_text(tokenizer, i) for i in ids] if request.return_token_strs else None
         return Answer(encode(TokenizeResponse(len(ids), info.context_length, ids, strings)))
@@ -206,6 +212,7 @@ class Service:
         check_content_type(content_type)
         request = decode(body, DetokenizeRequest)
         info, tokenizer = self._model_or_only(caller, request.model)
+        caller.precheck(None, info.name)  # it counts as a request
         check_ids(request.tokens, info, "tokens")
         return Answer(encode(DetokenizeResponse(tokenizer.decode(request.tokens))))
 
@@ -213,7 +220,7 @@ class Service:
         return Answer(encode(tokenizer_info(*self._model_or_only(caller, name))))
 
     def _model_or_only(self, caller: Caller, name: str | None) -> tuple[ModelInfo, Tokenizer]:
-        models = caller.visible(self._cluster.models())
+        models = caller.visible(self._cluster.models(), self._cards)
         if name is None and len(models) > 1:
             raise InvalidRequest(
                 f"model is missing, and there are several: {', '.join(sorted(models))}",
@@ -224,7 +231,7 @@ class Service:
 
     def _find(self, caller: Caller, name: str) -> ModelInfo:
         models = self._cluster.models()
-        return find_model(caller.visible(models), real_name(models, name, self._cards))
+        return find_model(caller.visible(models, self._cards), real_name(models, name, self._cards))
 
     # Operations
 
@@ -245,12 +252,19 @@ class Service:
         return Answer(encode(body), 200 if status.ready else 503)
 
     def openapi(self) -> Answer:
-        return Answer(encode(openapi.document()))
+        return Answer(self._openapi)
 
     def docs(self) -> Answer:
-        page = docs_page.render(openapi.document())
         headers = {"Content-Security-Policy": docs_page.SECURITY_POLICY}
-        return Answer(page.encode(), content_type="text/html; charset=utf-8", headers=headers)
+        return Answer(self._docs, content_type="text/html; charset=utf-8", headers=headers)
+
+    @functools.cached_property
+    def _openapi(self) -> bytes:
+        return encode(openapi.document())
+
+    @functools.cached_property
+    def _docs(self) -> bytes:
+        return docs_page.render(openapi.document()).encode()
 
 
 def _ranks(shown: str | None) -> dict[str, str]:

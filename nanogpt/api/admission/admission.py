@@ -3,17 +3,18 @@
 The order is from cheap to dear, so that whoever is shut out costs almost nothing:
 
     authenticate   a digest and a look-up; bans of the key         before the body is read
-    precheck       bans of the user, the key's models, bursts,     before tokenising
-                   the request limits
+    precheck       bans of the user, bursts, the request limits    before tokenising
     admit          the token limits, then blocked content          after tokenising
     Ticket.settle  gives back tokens that were not used            at the end, however it ends
     refused        notices an answer of 4xx, whoever refused       in the error handler
 """
 
+import logging
+import sqlite3
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple, NoReturn
 
 import msgspec
 
@@ -36,14 +37,29 @@ from nanogpt.errors import (
     ApiError,
     Banned,
     InvalidRequest,
-    ModelNotFound,
     NotFound,
     RateLimited,
+    ServerError,
+    StartupError,
     Unauthorized,
 )
 
+log = logging.getLogger("admission")
+
 CONTENT_BLOCKED = "content_blocked"
 MAX_STRIKES = 1000  # in one answer
+
+
+@contextmanager
+def _told_to_operator() -> Iterator[None]:
+    """Raises ServerError for a state file that can't be changed or read."""
+    try:
+        yield
+    except (sqlite3.Error, StartupError) as error:
+        log.error("can't use the state file: %s", error)
+        raise ServerError(
+            f"the server's state file can't be used ({error}); make room or mend it, and try again"
+        ) from error
 
 
 class AdmissionStats(msgspec.Struct, frozen=True):
@@ -142,20 +158,27 @@ class Admission:
             raise Unauthorized(f"the API key {key_name!r} that asked for this is no longer valid")
         return principal
 
+    def check_bans(self, principal: Principal, *, user: str | None, request_id: str) -> None:
+        """Raises Banned, RateLimited (a cool-down), and InvalidRequest as `precheck` does."""
+        self._check_bans(_Caller(principal, clean_user(user), request_id))
+
+    def check_running(self, principal: Principal, *, user: str | None, request_id: str) -> None:
+        """Every now and then while a request runs: raises Banned when it was shut out meanwhile.
+        A cool-down is for what comes next.
+        """
+        caller = _Caller(principal, clean_user(user), request_id)
+        ban = self._ban_of(caller)
+        if ban is not None and ban.kind == "ban":
+            self._turn_away(caller, ban)
+
     def precheck(
         self, principal: Principal, *, user: str | None, request_id: str, model: str
     ) -> None:
-        """What needs no tokens, once for a request. Raises Banned, RateLimited, ModelNotFound,
-        and InvalidRequest for a `user` that is too long.
+        """What needs no tokens, once for a request. Raises Banned, RateLimited, and InvalidRequest
+        for a `user` that is too long.
         """
         caller = _Caller(principal, clean_user(user), request_id, model)
         self._check_bans(caller)
-        if not principal.may_use(model):
-            raise ModelNotFound(
-                f"the model {model[:100]!r} does not exist for this API key; "
-                f"it may use: {', '.join(principal.models)}",
-                param="model",
-            )
         self._notice_burst(caller)
         try:
             self._limiter.take_request(principal, caller.user)
@@ -257,8 +280,9 @@ class Admission:
         if principal is not None and principal.admin:
             raise InvalidRequest("an admin key can't be banned; revoke it", param="key")
         ban = new_ban(Subject(key, clean_user(user)), reason, by, self._clock.time(), seconds)
-        self._state.put_ban(ban, replace=True)
-        self._live.reload()
+        with _told_to_operator():
+            self._state.put_ban(ban, replace=True)
+            self._live.reload()
         self._recorder.note(Entry(decision="ban", key=key, user=ban.user, reason=ban.reason, by=by))
         return ban
 
@@ -270,21 +294,24 @@ class Admission:
         subject = Subject(key, clean_user(user))
         if subject == Subject("", ""):
             raise InvalidRequest("name a user or a key", param="user")
-        lifted = self._state.lift(subject, self._clock.time())
-        self._enforcer.forget(subject)
-        self._live.reload()
+        with _told_to_operator():
+            lifted = self._state.lift(subject, self._clock.time())
+            self._enforcer.forget(subject)
+            self._live.reload()
         for ban in lifted:
             self._recorder.note(Entry(decision="unban", key=ban.key, user=ban.user, by=by))
         return lifted
 
     def bans(self) -> list[Ban]:
         """Bans and cool-downs in force, oldest first."""
-        return self._state.bans(self._clock.time())
+        with _told_to_operator():
+            return self._state.bans(self._clock.time())
 
     def explain(self, user: str, key: str | None = None) -> Explanation:
         """Why a user is blocked, under one key or (None) any; user "" is the key itself."""
         user = clean_user(user)
-        known = explain(self._state, self._config, self._clock.time(), user, key)
+        with _told_to_operator():
+            known = explain(self._state, self._config, self._clock.time(), user, key)
         principals = [p for p in self._live.ring.principals() if key in (None, p.key_name)]
         limits = [
             LimitState(*level.name[1:], level.name.kind, level.limit, level.used, level.reset_s)
@@ -313,13 +340,17 @@ class Admission:
     # Checks
 
     def _check_bans(self, caller: _Caller) -> None:
-        now = self._clock.time()
+        ban = self._ban_of(caller)
+        if ban is not None:
+            self._turn_away(caller, ban)
+
+    def _ban_of(self, caller: _Caller) -> Ban | None:
         if caller.principal.admin:
-            return
-        ban = self._live.bans.find(caller.principal.key_name, caller.user, now)
-        if ban is None:
-            return
-        error = ban.error(now)
+            return None
+        return self._live.bans.find(caller.principal.key_name, caller.user, self._clock.time())
+
+    def _turn_away(self, caller: _Caller, ban: Ban) -> NoReturn:
+        error = ban.error(self._clock.time())
         self._note_refusal(self._entry(caller, reason=ban.reason), error)
         raise error
 
@@ -336,7 +367,12 @@ class Admission:
     def _check_content(self, caller: _Caller, prompts: Sequence[str]) -> None:
         if caller.principal.admin or not self._content:
             return
-        finding = self._content.find(prompts)
+        finding, given_up = self._content.find(prompts)
+        for name in given_up:
+            entry = self._entry(
+                caller, decision="gave_up", rule="content", reason=f"pattern {name}"
+            )
+            self._recorder.note(entry)
         if finding is None:
             return
         error = InvalidRequest(

@@ -38,6 +38,13 @@ class Finding(NamedTuple):
     name: str  # the term as configured, or the pattern's name
 
 
+class Search(NamedTuple):
+    """What was found, and the patterns whose search was given up on some prompt."""
+
+    finding: Finding | None
+    given_up: tuple[str, ...]
+
+
 class Content:
     """Thread-safe. Raises ConfigError for terms and patterns that can't be used."""
 
@@ -61,20 +68,23 @@ class Content:
     def __bool__(self) -> bool:
         return self._term is not None or bool(self._patterns)
 
-    def find(self, prompts: Sequence[str]) -> Finding | None:
+    def find(self, prompts: Sequence[str]) -> Search:
         """The first match in any of the prompts."""
         deadline = self._clock.monotonic() + self._total_s
+        given_up: dict[str, None] = {}  # in order, each once
         for prompt in prompts:
-            finding = self._find_term(prompt) or self._find_pattern(prompt, deadline)
+            finding = self._find_term(prompt) or self._find_pattern(prompt, deadline, given_up)
             if finding is not None:
-                return finding
-        return None
+                return Search(finding, tuple(given_up))
+        return Search(None, tuple(given_up))
 
     def _find_term(self, prompt: str) -> Finding | None:
         match = self._term.search(fold(prompt), concurrent=True) if self._term else None
         return Finding("term", self._terms[match[0]]) if match else None
 
-    def _find_pattern(self, prompt: str, deadline: float) -> Finding | None:
+    def _find_pattern(
+        self, prompt: str, deadline: float, given_up: dict[str, None]
+    ) -> Finding | None:
         text = plain(prompt) if self._patterns else ""
         for name, pattern in self._patterns.items():
             left = min(self._each_s, deadline - self._clock.monotonic())
@@ -85,6 +95,7 @@ class Content:
                 if pattern.search(text, timeout=left, concurrent=True):
                     return Finding("pattern", name)
             except TimeoutError:
+                given_up[name] = None
                 self._gave_up(name, len(text))
         return None
 

@@ -38,12 +38,9 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
     key_name: str
     admin: bool = False
     weight: float = 1.0
-    models: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()  # the only ones that it may use, by any of their names
     limits: Limits = Limits()
     user_limits: Limits = Limits()
-
-    def may_use(self, model: str) -> bool:
-        return not self.models or model in self.models
 
 
 def generate() -> str:

@@ -47,9 +47,9 @@ class Live:
 
     def _load(self) -> None:
         self._version = self._state.version()  # first: a change from now on is seen next time
-        self._ring = self._make_ring(self._state.api_keys())
-        self._bans = BanList(self._state.bans(self._clock.time()))
         self._check_at = self._clock.monotonic() + REFRESH_S
+        self._bans = BanList(self._state.bans(self._clock.time()))
+        self._ring = self._make_ring(self._state.api_keys())  # last: a bad key keeps no ban off
 
     def _refresh(self) -> None:
         if self._clock.monotonic() < self._check_at or not self._lock.acquire(blocking=False):

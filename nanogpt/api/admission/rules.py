@@ -1,5 +1,6 @@
 """From strikes to cool-downs to bans: what a server does by itself about repeated abuse."""
 
+import contextlib
 import logging
 import sqlite3
 import threading
@@ -11,6 +12,7 @@ from nanogpt.api.admission.bans import Ban, Kind
 from nanogpt.api.admission.clock import Clock
 from nanogpt.api.admission.state import Action, State
 from nanogpt.api.admission.subject import Subject
+from nanogpt.errors import StartupError
 
 log = logging.getLogger("admission")
 
@@ -94,8 +96,7 @@ class Enforcer:
             for struck, limit in limits.items()
             if self._strikes.add(struck, rule_name, now, rule.window_s, limit)
         ]
-        actions = [self._act(struck, rule_name, rule, limit, now) for struck, limit in reached]
-        return [action for action in actions if action is not None]
+        return [self._act(struck, rule_name, rule, limit, now) for struck, limit in reached]
 
     def strikes_of(
         self, user: str | None, key: str | None
@@ -115,33 +116,46 @@ class Enforcer:
         """Strikes of a subject; a user with key "" is meant under every key."""
         self._strikes.clear(subject)
 
-    def _act(
-        self, subject: Subject, name: str, rule: Rule, limit: int, now: float
-    ) -> Action | None:
-        """None when it can't be recorded: the strikes start anew, and so does the next attempt."""
-        try:
-            cooldowns = self._cooldowns(subject, name, now) + 1
-            kind: Kind = "ban" if 0 < rule.ban_after <= cooldowns else "cooldown"
-            if kind == "ban":
-                reason, seconds = f"{cooldowns} cool-downs within a day", rule.ban_s
-            else:
-                reason, seconds = f"{limit} times within {rule.window_s:g} s", rule.cooldown_s
-            by = f"rule {name}"
-            action = Action(now, *subject, name, kind, reason, self._dry_run)
-            self._state.add_action(action, forget_before=now - MEMORY_S)
-            if not self._dry_run:
-                ban = Ban(*subject, kind, f"{by}: {reason}", by, now, now + seconds)
-                self._state.put_ban(ban, replace=False)
-                self._changed()
-        except sqlite3.Error as error:
-            log.error("can't record what rule %s did: %s", name, error)
-            return None
+    def _act(self, subject: Subject, name: str, rule: Rule, limit: int, now: float) -> Action:
+        cooldowns = self._cooldowns(subject, name, now) + 1
+        kind: Kind = "ban" if 0 < rule.ban_after <= cooldowns else "cooldown"
+        if kind == "ban":
+            reason, seconds = f"{cooldowns} cool-downs within a day", rule.ban_s
+        else:
+            reason, seconds = f"{limit} times within {rule.window_s:g} s", rule.cooldown_s
+        by = f"rule {name}"
+        action = Action(now, *subject, name, kind, reason, self._dry_run)
+        self._record(action, Ban(*subject, kind, f"{by}: {reason}", by, now, now + seconds))
         return action
 
+    def _record(self, action: Action, ban: Ban) -> None:
+        """A disk that is full or broken lets nobody off: what can't be written holds in memory."""
+        try:
+            self._state.add_action(action, forget_before=action.time - MEMORY_S)
+            if not self._dry_run:
+                self._state.put_ban(ban, replace=False)
+        except sqlite3.Error as error:
+            log.error(
+                "can't record what rule %s did (%s): it holds until this process ends",
+                action.rule,
+                error,
+            )
+            if not self._dry_run:
+                self._state.hold(ban)
+        if not self._dry_run:
+            # Whoever reads the file next finds and reports what is wrong with it.
+            with contextlib.suppress(sqlite3.Error, StartupError):
+                self._changed()
+
     def _cooldowns(self, subject: Subject, rule: str, now: float) -> int:
-        """Those of the last day, since the last ban."""
+        """Those of the last day, since the last ban; none that can't be read."""
         count = 0
-        for action in self._state.actions(now - MEMORY_S, subject.user, subject.key):
+        try:
+            actions = self._state.actions(now - MEMORY_S, subject.user, subject.key)
+        except sqlite3.Error as error:
+            log.error("can't read what rule %s did before (%s)", rule, error)
+            return 0
+        for action in actions:
             if action.rule == rule and action.dry_run == self._dry_run:
                 count = count + 1 if action.kind == "cooldown" else 0
         return count

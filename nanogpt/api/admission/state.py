@@ -55,6 +55,7 @@ class State:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self._held: list[Ban] = []
         self._lock = threading.Lock()
         try:
             if path != MEMORY_STATE:
@@ -152,7 +153,13 @@ class State:
                 "WHERE until IS NULL OR until > ? ORDER BY created, key, user, kind",
                 (now,),
             ).fetchall()
-        return [Ban(*row) for row in rows]
+            held = [ban for ban in self._held if ban.holds(now)]
+        return [*(Ban(*row) for row in rows), *held]
+
+    def hold(self, ban: Ban) -> None:
+        """Keep a ban that `put_ban` can't write, until it ends or this process does."""
+        with self._lock:
+            self._held = [*(b for b in self._held if b.holds(ban.created)), ban]
 
     def put_ban(self, ban: Ban, *, replace: bool) -> None:
         """Forgets those that have expired. One of the same subject and kind is replaced, or (not
@@ -181,7 +188,9 @@ class State:
                 subject,
             ).fetchall()
             db.execute(f"DELETE FROM actions {where}", subject)
-        bans = [Ban(*row) for row in rows]
+            lifted = [ban for ban in self._held if _is_meant(ban.subject, subject)]
+            self._held = [ban for ban in self._held if ban not in lifted]
+        bans = [*(Ban(*row) for row in rows), *lifted]
         return [ban for ban in bans if ban.holds(now)]
 
     # What rules did
@@ -206,6 +215,12 @@ class State:
             Action(time, key, user, rule, kind, reason, bool(dry_run))
             for time, key, user, rule, kind, reason, dry_run in rows
         ]
+
+
+def _is_meant(known: Subject, subject: Subject) -> bool:
+    """As `lift` says it in SQL."""
+    every_key = not subject.key and bool(subject.user)
+    return known.user == subject.user and (every_key or known.key == subject.key)
 
 
 def _make_private(path: Path) -> None:

@@ -21,7 +21,7 @@ from nanogpt.api.jobs import once, outcome
 from nanogpt.api.jobs.follow import POLL_S, follow
 from nanogpt.api.jobs.objects import Deleted
 from nanogpt.api.plan import Plan, find_model, make_plan, real_name
-from nanogpt.api.protocol import CompletionRequest, parse_completion
+from nanogpt.api.protocol import CompletionRequest
 from nanogpt.api.response import encode
 from nanogpt.api.service import CLIENT_GONE, Service
 from nanogpt.errors import InvalidRequest, NotFound, Unavailable
@@ -64,7 +64,7 @@ class Completions:
         key: str | None,
     ) -> Answer:
         """`key`: of the header Idempotency-Key; the others as in Service.complete."""
-        request = parse_completion(body, content_type)
+        request = caller.read_completion(body, content_type)
         if key is None and not request.background:
             return self._service.complete(caller, request, socket, started)
         name = once.name(caller, key)
@@ -95,7 +95,7 @@ class Completions:
             once.check(known, digest)
             return known
         self._check_draining()
-        info = find_model(caller.visible(models), model)
+        info = find_model(caller.visible(models, self._cards), model)
         plan = make_plan(
             request,
             info,
