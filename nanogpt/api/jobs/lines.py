@@ -86,7 +86,9 @@ class LineRunner:
             request = msgspec.structs.replace(request, seed=seed)
         caller = Caller.of_owner(self._admission, owner, request_id)
         models = self._cluster.models()
-        info = find_model(caller.visible(models), real_name(models, request.model, self._cards))
+        info = find_model(
+            caller.visible(models, self._cards), real_name(models, request.model, self._cards)
+        )
         caller.user = request.user
         tokenizer = self._cluster.tokenizer(info.name)
         plan = behind(
