@@ -11,6 +11,7 @@ import msgspec
 import torch
 
 from nanogpt import process
+from nanogpt.bench.alone import ALONE
 from nanogpt.bench.roofline import Roof, Shape, measure, synchronize
 from nanogpt.config import ServeConfig
 from nanogpt.engine.engine import Engine
@@ -20,12 +21,10 @@ from nanogpt.engine.sampler import Sampler
 from nanogpt.engine.setup import choose_device, choose_dtype
 from nanogpt.errors import ConfigError
 from nanogpt.model.load import load_model
-from nanogpt.ranks import Ranks
 from nanogpt.registry import sources
 from nanogpt.request import GenerateRequest, RequestFailed, TokenEvent
 from nanogpt.sampling_params import SamplingParams
 
-ALONE = Ranks(0, 1, 0, 1, 0, True, "", 0)
 WARM_STEPS = 3
 MS = 1000.0
 
