@@ -4,11 +4,13 @@ import random
 import subprocess
 import sys
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt.engine.sampler import NO_TOKEN
+from nanogpt.engine.scheduler import Batch, Scheduler
 from nanogpt.engine.sequence import Sequence
 from nanogpt.errors import ConfigError
 from nanogpt.request import GenerateRequest
@@ -389,6 +391,43 @@ def test_whatever_happens_every_choice_completes_once_with_its_own_tokens(
             if (req.request_id, prompt_i * req.n) not in aborted and len(prompt) > 1:
                 scores = collector.scores[req.request_id, prompt_i]
                 assert [-entry.logprob for entry in scores] == [*prompt[1:]]
+
+
+def random_steps(
+    seed: int, num_kv_blocks: int, is_short: bool, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[object], int]:
+    """What an engine does step by step under a random load, and how many steps were short ones."""
+    steps: list[object] = []
+    num_short = 0
+    with monkeypatch.context() as patched:
+        if not is_short:
+            patched.setattr(Scheduler, "_advance", lambda scheduler: None)
+        rng = random.Random(seed)
+        engine = fake_engine(num_kv_blocks=num_kv_blocks, max_num_seqs=10)
+        for i in range(400):
+            if i < 300 and rng.random() < 0.06:
+                tenant = {"tenant": rng.choice("ab"), "weight": rng.choice([1.0, 2.0])}
+                req = random_request(rng, f"r{i}")
+                engine.add(msgspec.structs.replace(req, **tenant))
+            events = sorted(engine.step(), key=repr)
+            batches = engine._runner.batches  # type: ignore[attr-defined]
+            batch = batches.pop() if batches else Batch()
+            num_short += batch.follows
+            chunks = [(c.seq.request_id, c.seq.index, c.start, c.end) for c in batch.chunks]
+            steps.append((events, sorted(chunks), engine.stats()))
+    return steps, num_short
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("num_kv_blocks", [18, 40, 200])
+def test_the_short_way_does_what_the_long_one_does(
+    seed: int, num_kv_blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short, count = random_steps(seed, num_kv_blocks, True, monkeypatch)
+    long, none = random_steps(seed, num_kv_blocks, False, monkeypatch)
+    assert short == long
+    assert count > 50
+    assert not none
 
 
 def test_scheduling_never_loads_torch() -> None:

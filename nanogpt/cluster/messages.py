@@ -126,10 +126,10 @@ class EventBatch(Message, frozen=True):
 
     @classmethod
     def of(cls, epoch: int, rank: int, events: list[EngineEvent]) -> "EventBatch":
-        def pick(kind: type) -> tuple:
-            return tuple(e for e in events if isinstance(e, kind))
-
-        return cls(epoch, rank, pick(TokenEvent), pick(PromptScored), pick(RequestFailed))
+        kinds: dict[type, list] = {TokenEvent: [], PromptScored: [], RequestFailed: []}
+        for event in events:
+            kinds[type(event)].append(event)
+        return cls(epoch, rank, *map(tuple, kinds.values()))
 
 
 class Beat(Message, frozen=True):

@@ -187,6 +187,7 @@ class Engine:
             request, index, arrival=self._arrivals, context_length=self.info.context_length
         )
         self._arrivals += 1
+        seq.ends = seq.end_token_ids(self.info.eos_token_id)
         if request.params.prompt_logprobs and not seq.choice_j and not seq.output_len:
             seq.score_next = 1  # the first token has nothing before it
         return seq
@@ -203,30 +204,35 @@ class Engine:
             if not seq.scoring and not seq.wants_token:
                 self._forget(seq)
                 events.append(_token_event(seq, finish_reason="length"))
+        failed: set[str] = set()
         sampled = [seq for chunk in batch.chunks for seq in chunk.samplers]
         for seq, token_id, entry in zip(sampled, output.token_ids, output.logprobs, strict=True):
-            if seq.index not in self._live.get(seq.request_id, {}):
-                continue  # its request has just failed
+            if failed and seq.request_id in failed:
+                continue
             if token_id == NO_TOKEN:
                 self.abort(seq.request_id)
                 events.append(RequestFailed(seq.request_id, "the logits leave no token to sample"))
+                failed.add(seq.request_id)
             else:
                 events.append(self._accept(seq, token_id, entry))
         return events
 
     def _accept(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenEvent:
         """Append a sampled token, or end the choice at it."""
-        if seq.stops_at(token_id, self.info.eos_token_id):
+        if token_id in seq.ends:
             self._forget(seq)
             end = None if logprobs is None else token_id
             return _token_event(seq, (), logprobs, "stop", end)
         self._num_generated += 1
-        is_last = seq.output_len + 1 >= seq.max_new
-        event = _token_event(seq, (token_id,), logprobs, "length" if is_last else None)
-        if is_last:
+        position = seq.output_len
+        if position + 1 >= seq.max_new:
             self._forget(seq)
+            return _token_event(seq, (token_id,), logprobs, "length")
+        if position and logprobs is None:  # as most tokens are
+            event = TokenEvent(seq.request_id, seq.index, position, (token_id,))
         else:
-            seq.append(token_id)
+            event = _token_event(seq, (token_id,), logprobs)
+        seq.append(token_id)
         return event
 
     def _forget(self, seq: Sequence) -> None:

@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanogpt.engine.attention import PagedAttend, allocate_kv_cache
+from nanogpt.engine.attention import AttentionMetadata, PagedAttend, allocate_kv_cache
 from nanogpt.engine.cpu.linear import pack_model
-from nanogpt.engine.packing import pack, to_device
+from nanogpt.engine.packing import pack
+from nanogpt.engine.running_batch import RunningBatch
 from nanogpt.engine.sampler import Sampler
 from nanogpt.engine.scheduler import Batch, Chunk
 from nanogpt.engine.sequence import Sequence
+from nanogpt.engine.transfer import to_device
 from nanogpt.request import TokenLogprobs
 
 SCORED_ROWS = 64  # rows of logits at a time when a prompt is scored: 13 MB for GPT-2
@@ -55,13 +57,19 @@ class ModelRunner:
             eos_token_id=loaded.info.eos_token_id,
             device=device,
         )
+        self._running: RunningBatch | None = None  # the last step, if it was all decode
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepOutput:
         """Compute a batch. Whatever goes wrong here is the engine's end, not one request's."""
         for source, target in batch.copies:
             self._cache.copy_block(source, target)
-        hidden = self._hidden(batch.chunks)  # (N, C)
+        hidden = self._hidden(batch)  # (N, C)
+        if self._running:  # each row gives one token
+            token_ids, logprobs = self._sampler.sample(
+                self._model.lm_head(hidden), self._running.seqs
+            )
+            return StepOutput(token_ids, logprobs, [])
         scores, rows, sampled, row = [], [], [], 0
         for chunk in batch.chunks:
             if chunk.seq.scoring:
@@ -75,10 +83,19 @@ class ModelRunner:
         token_ids, logprobs = self._sampler.sample(logits, sampled)
         return StepOutput(token_ids, logprobs, scores)
 
-    def _hidden(self, chunks: list[Chunk]) -> Tensor:
-        token_ids, metadata = pack(chunks, self._cache.block_size, self._device)
+    def _hidden(self, batch: Batch) -> Tensor:
+        token_ids, metadata = self._inputs(batch)
         attend = PagedAttend(self._cache, metadata)
         return self._model.hidden(token_ids, metadata.positions, attend)
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, AttentionMetadata]:
+        """Token ids (N,) and where they belong. Sets `_running` for a batch of decodes only."""
+        if not (batch.follows and self._running and self._running.advance()):
+            self._running = None
+            if not batch.is_decode or any(chunk.seq.scoring for chunk in batch.chunks):
+                return pack(batch.chunks, self._cache.block_size, self._device)
+            self._running = RunningBatch(batch.chunks, self._cache.block_size)
+        return self._running.to(self._device)
 
     def _score(self, hidden: Tensor, chunk: Chunk, first_row: int) -> tuple[TokenLogprobs, ...]:
         """Log probabilities of the chunk's prompt tokens, each from the row before it, in slices:

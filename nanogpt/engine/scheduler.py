@@ -17,9 +17,13 @@ requests together have only so much of that. And the pool holds at least one ful
 A block is registered in the prefix cache when the chunk that fills it is scheduled, not when it
 has been computed: in every layer all rows write their keys and values before any row reads, so
 sequences of the same step can already share it.
+
+Most steps only advance the sequences of the step before by one token each. Those go a short way
+(`_advance`) that gives the same batch as the long one.
 """
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -44,11 +48,23 @@ class Chunk:
 
 @dataclass(slots=True)
 class Batch:
-    """One step's work: first the block copies (source, destination), then the chunks."""
+    """One step's work: first the block copies (source, destination), then the chunks.
+
+    `follows`: the chunks are those of the batch before, each a token further, and nothing in the
+    block tables has changed but for blocks that were appended. Valid until the next one is made.
+    """
 
     chunks: list[Chunk] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     budget: int = 0
+    follows: bool = False
+
+    @property
+    def is_decode(self) -> bool:
+        """Every chunk is one token, and gives one token to its own sequence."""
+        return all(
+            chunk.end - chunk.start == 1 and chunk.samplers == [chunk.seq] for chunk in self.chunks
+        )
 
 
 class Scheduler:
@@ -72,6 +88,9 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # in order of key
         self._order: list[Sequence] = []  # who runs, less those that began in this step
+        # The last batch, if it was all decode; None as soon as another sequence runs, or one less.
+        self._last: list[Chunk] | None = None
+        self._charges: list[tuple[Flow, int]] = []  # tokens of each flow in it
         self.num_steps = self.num_preemptions = self.num_fair_preemptions = 0
         self.num_prompt_tokens = self.num_cached_tokens = 0
 
@@ -81,10 +100,21 @@ class Scheduler:
         self.waiting.push(seq)
 
     def schedule(self) -> Batch:
-        """The next step's batch; its chunks count as computed from here on."""
+        """The next step's batch; its chunks count as computed from here on.
+
+        Each token sampled from the last batch must have been appended, or its sequence finished.
+        """
         self.num_steps += 1
-        batch = Batch(budget=self.max_batch_tokens)
         self._swap()
+        batch = self._advance() or self._compose()
+        self._admit(batch)
+        if not batch.follows:
+            self._remember(batch)
+        return batch
+
+    def _compose(self) -> Batch:
+        """A batch of running sequences: decodes, then prompts."""
+        batch = Batch(budget=self.max_batch_tokens)
         self._order = self._running_order()
         for seq in tuple(self._order):
             if seq.running and seq.remaining == 1 and self._ensure_slot(seq, batch):
@@ -92,8 +122,32 @@ class Scheduler:
         for seq in self._order:
             if seq.remaining > 1 and batch.budget:
                 self._place(seq, batch)
-        self._admit(batch)
         return batch
+
+    def _advance(self) -> Batch | None:
+        """The last batch, each sequence a token further; None if that is not all there is to do."""
+        chunks, size = self._last, self.blocks.block_size
+        if chunks is None:
+            return None
+        full = [chunk.seq for chunk in chunks if chunk.end % size == 0]
+        if len(full) > self.blocks.num_free:
+            return None
+        for seq, block in zip(full, self.blocks.allocate(len(full)), strict=True):
+            seq.block_table.append(block)
+        for chunk in chunks:
+            start = chunk.start = chunk.end
+            chunk.seq.num_computed = chunk.end = end = start + 1
+            if end % size == 0:
+                self._register(chunk.seq, start, end)
+        for flow, count in self._charges:
+            flow.charge(count)
+        return Batch([*chunks], budget=self.max_batch_tokens - len(chunks), follows=True)
+
+    def _remember(self, batch: Batch) -> None:
+        self._last = None
+        if len(batch.chunks) == len(self.running) and batch.is_decode:
+            self._last = batch.chunks
+            self._charges = [*Counter(chunk.seq.flow for chunk in batch.chunks).items()]
 
     def finish(self, seq: Sequence) -> None:
         """Take a sequence out, wherever it is; its followers go on without it."""
@@ -101,8 +155,10 @@ class Scheduler:
         if seq.leader is not None:
             seq.leader.followers.remove(seq)
             return
-        queue = self.running if seq.running else self.waiting
-        queue.remove(seq)
+        if seq.running:
+            self._leave_running(seq)
+        else:
+            self.waiting.remove(seq)
         if seq.followers:
             heir = seq.hand_over()
             if heir.running:
@@ -167,7 +223,7 @@ class Scheduler:
         return True
 
     def _preempt(self, seq: Sequence) -> None:
-        self.running.remove(seq)
+        self._leave_running(seq)
         self.blocks.release(seq.block_table)
         seq.running, seq.num_computed, seq.block_table = False, 0, []
         self.waiting.push(seq)
@@ -257,6 +313,7 @@ class Scheduler:
                 break
             self._start(self.waiting.pop(), cached)
             self._place(seq, batch)
+            batch.follows = False
 
     def _has_room(
         self, seq: Sequence, cached: list[int], victims: Collection[Sequence] = ()
@@ -292,6 +349,11 @@ class Scheduler:
                 each.cached_tokens = num_cached
         self._insert_running(seq)
 
+    def _leave_running(self, seq: Sequence) -> None:
+        self._last = None
+        self.running.remove(seq)
+
     def _insert_running(self, seq: Sequence) -> None:
+        self._last = None
         seq.running = True
         insort(self.running, seq, key=lambda s: s.key)

@@ -43,6 +43,7 @@ class Sequence:
         "cached_tokens",
         "choice_j",
         "counts",
+        "ends",
         "flow",
         "followers",
         "index",
@@ -77,6 +78,7 @@ class Sequence:
         prompt = request.prompts[self.prompt_i]
         self.prompt_len = len(prompt)
         self.tokens: list[int] = [*prompt, *(request.resumed[index] if request.resumed else ())]
+        self.ends: tuple[int, ...] = ()  # tokens that end it, as end_token_ids; set by the engine
         self.max_new = min(request.params.max_tokens, context_length - self.prompt_len)
 
         self.running = False
@@ -128,11 +130,6 @@ class Sequence:
         if eos_token_id is None or self.params.ignore_eos:
             return self.params.stop_token_ids
         return (eos_token_id, *self.params.stop_token_ids)
-
-    def stops_at(self, token_id: int, eos_token_id: int | None) -> bool:
-        if token_id == eos_token_id and not self.params.ignore_eos:
-            return True
-        return token_id in self.params.stop_token_ids
 
     def hand_over(self) -> Sequence:
         """Make the first follower the leader, with this sequence's blocks and progress."""
