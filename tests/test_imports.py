@@ -60,6 +60,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         BASE | {"nanogpt.bench", "nanogpt.engine", "nanogpt.model"},
         {"torch"},
     ),
+    "nanogpt.bench.fake_rank": (BASE | {"nanogpt.bench", "nanogpt.cluster"}, set()),
     "nanogpt.bench.roofline": (BASE | {"nanogpt.model"}, {"torch"}),
     "nanogpt.admin": (BASE | {"nanogpt.api.admission"}, set()),
     "nanogpt.agent": (set(), {"torch"}),

@@ -3,17 +3,18 @@
 serve     load over HTTP on any OpenAI-compatible server: latencies, throughput, goodput
   compare   servers, or commits of this repository, side by side, taking turns: ratios
   engine    our engine without HTTP: prefill and decode sweeps, share of the roofline
+  frontend  our front end with a generator of tokens in place of engines: what it carries
 """
 
 import sys
 from collections.abc import Sequence
 
-from nanogpt.bench import compare, engine, serve
+from nanogpt.bench import compare, engine, frontend, serve
 from nanogpt.bench.options import Parser
 from nanogpt.config import nearest
 from nanogpt.errors import ConfigError, StartupError
 
-COMMANDS = (serve, compare, engine)
+COMMANDS = (serve, compare, engine, frontend)
 
 
 def parser() -> Parser:

@@ -94,10 +94,11 @@ class ManagedServer:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return " | ".join(lines[-LOG_LINES:]) or "it printed nothing"
 
-    def cpu_s(self) -> float:
-        """CPU seconds that its living processes have taken so far."""
+    def cpu_s(self, word: str = "") -> float:
+        """CPU seconds that its living processes have taken so far; only of those with the word in
+        their command line."""
         pids = [self._process.pid, *process.pids_below(self._process.pid)]
-        return sum(map(_cpu_s, pids))
+        return sum(_cpu_s(pid) for pid in pids if word in _command_line(pid))
 
     def stop(self) -> None:
         """SIGTERM, and SIGKILL for whatever is left after a while."""
@@ -125,6 +126,13 @@ def _cpu_s(pid: int) -> float:
     except (FileNotFoundError, ProcessLookupError):
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 @contextlib.contextmanager
