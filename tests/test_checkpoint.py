@@ -59,6 +59,13 @@ def test_casts_to_the_wanted_dtype(saved):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+def test_casts_by_what_the_file_has(saved):
+    seen = []
+    model, _ = checkpoint.load(saved, lambda stored: seen.append(stored) or torch.bfloat16)
+    assert seen == [torch.float32]
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 def test_replaces_an_old_checkpoint_whole(saved):
     checkpoint.save(saved, make_model(n_layer=1), CHARACTERS, files={"README.md": b"# card\n"})
     assert checkpoint.load(saved)[0].config.n_layer == 1

@@ -120,6 +120,13 @@ class TestHuggingFace:
         expected = state["transformer.h.1.mlp.c_fc.weight"].to(wanted).t()
         assert torch.equal(model.h[1].mlp.c_fc.weight, expected)
 
+    @pytest.mark.parametrize("stored", [torch.float16, torch.float32])
+    def test_dtype_by_what_the_file_has(self, copy, stored):
+        rewrite(copy, {n: t.to(stored) for n, t in state_of(copy).items()})
+        loaded = load(copy, lambda found: torch.float16 if found == stored else torch.bfloat16)
+        assert {p.dtype for p in loaded.model.parameters()} == {torch.float16}
+        assert loaded.info.dtype == "float16"
+
     @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh"])
     def test_activations(self, tmp_path, activation):
         theirs = write_model(tmp_path / "m", activation_function=activation, **TINY)

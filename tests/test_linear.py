@@ -218,6 +218,21 @@ def test_without_our_kernels_onednn_multiplies(
     torch.testing.assert_close(model(ids, CausalAttend()), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("stored", TYPES)
+def test_weights_are_kept_in_what_is_fastest(
+    stored: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def best(kernels: bool, native: bool) -> torch.dtype:
+        monkeypatch.setattr(linear_module, "load_kernels", lambda: kernels)
+        monkeypatch.setattr(linear_module, "multiplies_natively", lambda dtype: native)
+        return linear_module.best_dtype(stored)
+
+    ours = torch.float16 if stored == torch.float16 else torch.bfloat16
+    assert best(kernels=True, native=False) == ours
+    assert best(kernels=False, native=False) == torch.float32
+    assert best(kernels=True, native=True) == best(kernels=False, native=True) == torch.bfloat16
+
+
 @torch.inference_mode()
 def test_without_packed_products_torch_multiplies(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

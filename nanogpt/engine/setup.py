@@ -10,10 +10,11 @@ import torch
 from nanogpt import process, registry
 from nanogpt.config import ServeConfig
 from nanogpt.engine.attention import kv_bytes_per_block
+from nanogpt.engine.cpu.linear import best_dtype
 from nanogpt.engine.engine import Engine
 from nanogpt.engine.kv_cache import blocks_per_context
 from nanogpt.errors import StartupError
-from nanogpt.model.dtypes import DTYPES, fastest_dtype
+from nanogpt.model.dtypes import DTYPES, WeightDtype, fastest_dtype
 from nanogpt.model.load import LoadedModel, load_model
 from nanogpt.ranks import Ranks
 
@@ -42,9 +43,11 @@ def choose_device(config: ServeConfig, ranks: Ranks) -> torch.device:
     return device
 
 
-def choose_dtype(config: ServeConfig, device: torch.device) -> torch.dtype:
-    """What the weights are computed in: "auto" is the fastest that the device has in hardware."""
-    return fastest_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
+def choose_dtype(config: ServeConfig, device: torch.device) -> WeightDtype:
+    """What the weights are kept in; "auto" is the fastest that the device has."""
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    return fastest_dtype(device) if device.type == "cuda" else best_dtype
 
 
 def kv_budget(config: ServeConfig, ranks: Ranks, device: torch.device) -> int:
@@ -71,16 +74,15 @@ def load_engines(config: ServeConfig, ranks: Ranks) -> dict[str, Engine]:
         engines = _build(config, ranks, device, loaded)
     except torch.OutOfMemoryError as error:
         raise StartupError(
-            f"too little memory on {device} for {', '.join(config.models)} in {dtype}: serve fewer "
+            f"too little memory on {device} for {', '.join(config.models)}: serve fewer "
             "models, use a smaller dtype, or set engine.kv_memory_gib lower"
         ) from error
     for engine in engines.values():
         engine.warm_up()
     gc.collect()
     gc.freeze()  # what is loaded stays: no need to look at it again and again
-    log.info(
-        "%s in %s on %s, %.1f s", ", ".join(engines), dtype, device, time.monotonic() - started
-    )
+    names = ", ".join(f"{m.info.name} ({m.info.dtype})" for m in loaded)
+    log.info("%s on %s, %.1f s", names, device, time.monotonic() - started)
     return engines
 
 

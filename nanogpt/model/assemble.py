@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nanogpt.errors import CheckpointError
+from nanogpt.model.dtypes import WeightDtype, resolve
 from nanogpt.model.gpt import GPT, GPTConfig
 
 TIED = "lm_head.weight"  # the same tensor as wte.weight
@@ -35,7 +36,7 @@ def assemble(
     where: str,
     config: GPTConfig,
     readers: Mapping[str, Reader],
-    dtype: torch.dtype,
+    wanted: WeightDtype,
     device: str | torch.device,
 ) -> GPT:
     """A model in evaluation mode with memory of its own, filled one tensor at a time.
@@ -54,7 +55,7 @@ def assemble(
         raise CheckpointError(f"{where} lacks the tensor {missing[0]} ({len(missing)} in all)")
     if extra := sorted(readers.keys() - shapes.keys()):
         raise CheckpointError(f"{where} has a tensor {extra[0]} that is not one of GPT-2's")
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         tensor = readers[name]()
         if tuple(tensor.shape) != shape:
@@ -65,6 +66,8 @@ def assemble(
             raise CheckpointError(
                 f"{where}: {name} is of {tensor.dtype}; quantised weights are not supported"
             )
+        if not weights:  # the token embedding speaks for all
+            dtype = resolve(wanted, tensor.dtype)
         weights[name] = _own(tensor, dtype, device)
     return fill(model, weights)
 

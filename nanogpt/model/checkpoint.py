@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nanogpt.errors import CheckpointError
 from nanogpt.model.assemble import TIED, fill, outline
+from nanogpt.model.dtypes import WeightDtype, resolve
 from nanogpt.model.gpt import GPT, GPTConfig
 from nanogpt.registry import TokenizerSpec
 
@@ -153,7 +154,7 @@ def _decode(path: Path, kind: type[T]) -> T:
 
 def load(
     directory: str | Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: WeightDtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> tuple[GPT, TokenizerSpec]:
     """The model, in evaluation mode, and its tokenizer. Raises CheckpointError.
@@ -170,7 +171,7 @@ def load(
 def _read_weights(
     path: Path,
     expected: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
+    wanted: WeightDtype,
     device: str | torch.device,
 ) -> dict[str, Tensor]:
     try:
@@ -186,6 +187,7 @@ def _read_weights(
                     )
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"can't read {path} ({error}): copy or export it again") from error
+    dtype = resolve(wanted, weights["wte.weight"].dtype)
     return {name: tensor.to(device, dtype) for name, tensor in weights.items()}
 
 

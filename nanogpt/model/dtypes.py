@@ -1,8 +1,18 @@
 """Types of weights and products: by name, and the best one for a device."""
 
+from collections.abc import Callable
+
 import torch
 
+# The type that weights are loaded in: this one, or what the function makes of the file's own.
+WeightDtype = torch.dtype | Callable[[torch.dtype], torch.dtype]
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve(wanted: WeightDtype, stored: torch.dtype) -> torch.dtype:
+    """The type for weights that a file has as `stored`."""
+    return wanted if isinstance(wanted, torch.dtype) else wanted(stored)
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:

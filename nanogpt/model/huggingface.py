@@ -17,6 +17,7 @@ from torch import Tensor
 from nanogpt.bpe_files import has_bpe_files
 from nanogpt.errors import CheckpointError
 from nanogpt.model.assemble import Reader, assemble, given
+from nanogpt.model.dtypes import WeightDtype
 from nanogpt.model.gpt import GPT, GPTConfig
 from nanogpt.model.pickles import read_torch_file
 from nanogpt.registry import TokenizerSpec
@@ -73,7 +74,7 @@ def weights_file(directory: Path) -> Path | None:
 
 
 def load(
-    directory: Path, dtype: torch.dtype, device: str | torch.device
+    directory: Path, dtype: WeightDtype, device: str | torch.device
 ) -> tuple[GPT, TokenizerSpec, Path]:
     """Model, tokenizer, and the file that holds the weights. Raises CheckpointError."""
     config = read_config(directory / "config.json")

@@ -11,6 +11,7 @@ from torch import Tensor
 from nanogpt.bpe_files import read_bpe_files
 from nanogpt.errors import CheckpointError
 from nanogpt.model import checkpoint, hub, huggingface, nanogpt_ckpt
+from nanogpt.model.dtypes import WeightDtype
 from nanogpt.model.gpt import GPT
 from nanogpt.registry import ModelInfo, TokenizerSpec, is_hub_name
 
@@ -26,7 +27,7 @@ class LoadedModel:
 
 
 def load_model(
-    source: str, name: str, *, dtype: torch.dtype, device: str | torch.device
+    source: str, name: str, *, dtype: WeightDtype, device: str | torch.device
 ) -> LoadedModel:
     """Load `source`, to be served as `name`. Raises CheckpointError, one clear line.
 
@@ -48,7 +49,7 @@ def load_model(
         eos_token_id=eos_token_id,
         start_token_id=start_token_id,
         tokenizer=tokenizer,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(model.wte.weight.dtype).removeprefix("torch."),
         fingerprint=fingerprint(model),
         created=int(file.stat().st_mtime),
         num_parameters=model.num_parameters(),
@@ -57,7 +58,7 @@ def load_model(
 
 
 def _load(
-    source: str, dtype: torch.dtype, device: str | torch.device
+    source: str, dtype: WeightDtype, device: str | torch.device
 ) -> tuple[GPT, TokenizerSpec, Path]:
     path = Path(source).expanduser()
     if path.is_file():

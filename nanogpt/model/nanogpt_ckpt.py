@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nanogpt.errors import CheckpointError
 from nanogpt.model.assemble import Reader, assemble, given
+from nanogpt.model.dtypes import WeightDtype
 from nanogpt.model.gpt import GPT, GPTConfig
 from nanogpt.model.huggingface import GPT2_IDS
 from nanogpt.model.pickles import read_plain_pickle, read_torch_file
@@ -40,7 +41,7 @@ class _Meta(msgspec.Struct):
 
 
 def load(
-    file: Path, dtype: torch.dtype, device: str | torch.device
+    file: Path, dtype: WeightDtype, device: str | torch.device
 ) -> tuple[GPT, TokenizerSpec, Path]:
     """Model, tokenizer, and the file itself. Raises CheckpointError."""
     saved = read_torch_file(file)

@@ -62,6 +62,18 @@ def multiplies_natively(dtype: torch.dtype) -> bool:
     return dtype != torch.float32 and onednn.has_products(dtype)
 
 
+def best_dtype(stored: torch.dtype) -> torch.dtype:
+    """What to keep weights in that a file has as `stored`: what this CPU is fastest with.
+
+    Where our kernels run, that is 16 bits, read in half the time; the file's own if it has 16.
+    """
+    if multiplies_natively(torch.bfloat16):
+        return torch.bfloat16
+    if not load_kernels():
+        return torch.float32
+    return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
+
+
 @torch.inference_mode()
 def pack_model(model: GPT) -> None:
     """Replace every nn.Linear of a loaded model by its packed form, in place; GELU joins c_fc.
