@@ -113,7 +113,7 @@ def _add_completions(app: flask.Flask, service: Service) -> None:
 
 
 def _add_stored_completions(app: flask.Flask, stored: Stored) -> None:
-    request, route = flask.request, "/v1/completions/<name>"
+    request, route = flask.request, "/v1/completions/<id>"
 
     @app.post("/v1/completions")
     def completions() -> flask.Response:
@@ -122,12 +122,12 @@ def _add_stored_completions(app: flask.Flask, stored: Stored) -> None:
         return _response(stored.completions.create(caller, body, kind, _peer(), started, key))
 
     @app.get(route)
-    def stored_completion(name: str) -> flask.Response:
+    def stored_completion(id: str) -> flask.Response:
         arguments = _query({"stream", "starting_after"})
         return _response(
             stored.completions.show(
                 flask.g.caller,
-                name,
+                id,
                 stream=arguments.get("stream"),
                 starting_after=arguments.get("starting_after"),
                 socket=_peer(),
@@ -135,12 +135,12 @@ def _add_stored_completions(app: flask.Flask, stored: Stored) -> None:
         )
 
     @app.delete(route)
-    def delete_completion(name: str) -> flask.Response:
-        return _response(stored.completions.delete(flask.g.caller, name))
+    def delete_completion(id: str) -> flask.Response:
+        return _response(stored.completions.delete(flask.g.caller, id))
 
     @app.post(f"{route}/cancel")
-    def cancel_completion(name: str) -> flask.Response:
-        return _response(stored.completions.cancel(flask.g.caller, name))
+    def cancel_completion(id: str) -> flask.Response:
+        return _response(stored.completions.cancel(flask.g.caller, id))
 
 
 def _add_files(app: flask.Flask, files: FileRoutes, max_bytes: int) -> None:
@@ -157,17 +157,17 @@ def _add_files(app: flask.Flask, files: FileRoutes, max_bytes: int) -> None:
         query = _query({"after", "limit", "order", "purpose"})
         return _response(files.list(flask.g.caller, query))
 
-    @app.get("/v1/files/<name>")
-    def get_file(name: str) -> flask.Response:
-        return _response(files.get(flask.g.caller, name))
+    @app.get("/v1/files/<id>")
+    def get_file(id: str) -> flask.Response:
+        return _response(files.get(flask.g.caller, id))
 
-    @app.get("/v1/files/<name>/content")
-    def file_content(name: str) -> flask.Response:
-        return _response(files.content(flask.g.caller, name))
+    @app.get("/v1/files/<id>/content")
+    def file_content(id: str) -> flask.Response:
+        return _response(files.content(flask.g.caller, id))
 
-    @app.delete("/v1/files/<name>")
-    def delete_file(name: str) -> flask.Response:
-        return _response(files.delete(flask.g.caller, name))
+    @app.delete("/v1/files/<id>")
+    def delete_file(id: str) -> flask.Response:
+        return _response(files.delete(flask.g.caller, id))
 
 
 def _add_batches(app: flask.Flask, batches: BatchRoutes) -> None:
@@ -182,13 +182,13 @@ def _add_batches(app: flask.Flask, batches: BatchRoutes) -> None:
     def list_batches() -> flask.Response:
         return _response(batches.list(flask.g.caller, _query({"after", "limit"})))
 
-    @app.get("/v1/batches/<name>")
-    def get_batch(name: str) -> flask.Response:
-        return _response(batches.get(flask.g.caller, name))
+    @app.get("/v1/batches/<id>")
+    def get_batch(id: str) -> flask.Response:
+        return _response(batches.get(flask.g.caller, id))
 
-    @app.post("/v1/batches/<name>/cancel")
-    def cancel_batch(name: str) -> flask.Response:
-        return _response(batches.cancel(flask.g.caller, name))
+    @app.post("/v1/batches/<id>/cancel")
+    def cancel_batch(id: str) -> flask.Response:
+        return _response(batches.cancel(flask.g.caller, id))
 
 
 def _peer() -> Any:

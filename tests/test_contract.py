@@ -4,6 +4,7 @@ A schema-driven fuzzer finds what one contract forgets; this is its short form, 
 definitions.
 """
 
+import io
 import json
 import logging
 from urllib.parse import quote
@@ -13,11 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nanogpt.api.jobs.batches import CreateBatch
 from nanogpt.api.openapi import OPERATIONS, document
 from nanogpt.api.operators import BanRequest, UnbanRequest
 from nanogpt.api.protocol import CompletionRequest, DetokenizeRequest, TokenizeRequest
-from tests.app_utils import ADMIN_KEY, CLOSED, KEY, NAME, bearer, make_app
-from tests.fake_cluster import FakeCluster
+from tests.app_utils import ADMIN_KEY, CLOSED, KEY, NAME, bearer
+from tests.jobs_utils import jobs_app
 
 TABLE = {
     "key_limits": {"requests_per_minute": 100_000, "tokens_per_minute": 200_000},
@@ -46,6 +48,8 @@ FITTING = {
     "prompt": text | st.lists(text, max_size=3) | st.lists(st.integers(0, 270), max_size=9),
     "stream": st.booleans(),
     "reason": st.just("spam"),
+    "endpoint": st.just("/v1/completions"),
+    "completion_window": st.just("24h"),
     "tokens": st.lists(st.integers(0, 264), max_size=5),
 }
 header_text = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=40)
@@ -81,8 +85,14 @@ def bodies(draw, kind: type[msgspec.Struct]) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def client():
-    return make_app(FakeCluster(), table=TABLE, environ=CLOSED).test_client()
+def client(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("jobs")
+    with jobs_app(directory, table=TABLE, environ=CLOSED) as app:
+        client = app.test_client()
+        form = {"purpose": "batch", "file": (io.BytesIO(b"{}\n"), "in.jsonl")}
+        uploaded = client.post("/v1/files", data=form, headers=bearer(KEY))
+        FITTING["input_file_id"] = st.just(uploaded.json["id"])
+        yield client
 
 
 def check(client, operation, headers, *, body=b"", names=None, query=""):
@@ -117,7 +127,7 @@ with_bodies = [o for o in OPERATIONS if o.body is not None]
 @pytest.mark.parametrize("operation", with_bodies, ids=lambda o: o.path)
 def test_any_body(client, operation, caplog):
     kinds = (CompletionRequest, TokenizeRequest, DetokenizeRequest, BanRequest, UnbanRequest)
-    assert operation.body in kinds
+    assert operation.body in (*kinds, CreateBatch)
     seen = set()
 
     @settings(

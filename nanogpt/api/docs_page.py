@@ -48,8 +48,8 @@ def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
     )
     body = operation.get("requestBody")
     if body:
-        name = _name(body["content"]["application/json"]["schema"]["$ref"])
-        text += f"<p>Body: {_link(name)}</p>"
+        kinds = (_answer(kind, media) for kind, media in body["content"].items())
+        text += f"<p>Body: {' or '.join(kinds)}</p>"
     answers = [
         f"{status} {' or '.join(_answer(kind, media) for kind, media in r['content'].items())}"
         for status, r in operation["responses"].items()

@@ -1,7 +1,7 @@
 """The contract as OpenAPI 3.1, made from the structs that validate requests and shape answers."""
 
 import re
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -10,46 +10,25 @@ from nanogpt import __version__
 from nanogpt.api import objects, operators
 from nanogpt.api.admission.bans import Ban
 from nanogpt.api.admission.explain import Explanation
+from nanogpt.api.jobs.objects import StoredCompletion
+from nanogpt.api.jobs.operations import JOB_OPERATIONS
+from nanogpt.api.operation import ACCESS_ERRORS, ADMIN_ERRORS, BODY_ERRORS, Access, Operation
 from nanogpt.api.protocol import CompletionRequest, DetokenizeRequest, TokenizeRequest
-
-Access = Literal["open", "key", "admin"]  # "key": where keys are configured
-
-
-class Operation(Struct, frozen=True, kw_only=True):
-    """One route. `errors`: statuses that answer with an error object, besides those of `access`."""
-
-    method: str
-    path: str
-    summary: str
-    answer: type[Struct] | str  # a struct as JSON, or a content type
-    body: type[Struct] | None = None
-    query: tuple[str, ...] = ()  # all optional
-    body_required: bool = True
-    access: Access = "key"
-    errors: tuple[int, ...] = (500,)
-    streams: bool = False
-    also_answers: tuple[int, ...] = ()  # further statuses with the same object
-
-
-_BODY_ERRORS = (400, 404, 408, 413, 415, 500, 503)
-_ADMIN_ERRORS = (400, 404, 408, 413, 415, 500)
-# What authentication may answer. A key may be banned, or have to pause.
-_ACCESS_ERRORS: dict[Access, tuple[int, ...]] = {
-    "open": (),
-    "key": (401, 403, 429),
-    "admin": (401,),
-}
 
 OPERATIONS = (
     Operation(
         method="post",
         path="/v1/completions",
-        summary="Complete one or more prompts, at once or as a stream of server-sent events.",
+        summary="Complete one or more prompts, at once or as a stream of server-sent events; with "
+        "background in a while.",
         body=CompletionRequest,
         answer=objects.Completion,
-        errors=_BODY_ERRORS,
+        errors=(*BODY_ERRORS, 409),
         streams=True,
+        accepted=StoredCompletion,
+        once=True,
     ),
+    *JOB_OPERATIONS,
     Operation(
         method="get",
         path="/v1/models",
@@ -69,7 +48,7 @@ OPERATIONS = (
         summary="Text to token ids. Without model: the only one that is loaded.",
         body=TokenizeRequest,
         answer=objects.TokenizeResponse,
-        errors=_BODY_ERRORS,
+        errors=BODY_ERRORS,
     ),
     Operation(
         method="post",
@@ -77,7 +56,7 @@ OPERATIONS = (
         summary="Token ids to text.",
         body=DetokenizeRequest,
         answer=objects.DetokenizeResponse,
-        errors=_BODY_ERRORS,
+        errors=BODY_ERRORS,
     ),
     Operation(
         method="get",
@@ -131,7 +110,7 @@ OPERATIONS = (
         answer=Ban,
         query=("key",),
         access="admin",
-        errors=_ADMIN_ERRORS,
+        errors=ADMIN_ERRORS,
     ),
     Operation(
         method="post",
@@ -142,7 +121,7 @@ OPERATIONS = (
         answer=operators.Lifted,
         query=("key",),
         access="admin",
-        errors=_ADMIN_ERRORS,
+        errors=ADMIN_ERRORS,
     ),
     Operation(
         method="get",
@@ -160,7 +139,7 @@ OPERATIONS = (
         body=operators.BanRequest,
         answer=Ban,
         access="admin",
-        errors=_ADMIN_ERRORS,
+        errors=ADMIN_ERRORS,
     ),
     Operation(
         method="post",
@@ -170,7 +149,7 @@ OPERATIONS = (
         body_required=False,
         answer=operators.Lifted,
         access="admin",
-        errors=_ADMIN_ERRORS,
+        errors=ADMIN_ERRORS,
     ),
     Operation(
         method="get",
@@ -213,7 +192,8 @@ def document() -> dict[str, Any]:
 
 def _schemas() -> dict[str, Any]:
     answers = [o.answer for o in OPERATIONS if not isinstance(o.answer, str)]
-    requests = {o.body for o in OPERATIONS if o.body is not None}
+    answers += [o.accepted for o in OPERATIONS if o.accepted is not None]
+    requests = {kind for o in OPERATIONS for kind in (o.body, o.form) if kind is not None}
     kinds = [*requests, *answers, objects.ErrorResponse]
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     for kind in requests:
@@ -243,12 +223,17 @@ def _operation(operation: Operation) -> dict[str, Any]:
         "responses": _responses(operation),
         "security": _SECURITY[operation.access],
     }
-    if operation.body is not None:
-        described["requestBody"] = {
-            "required": operation.body_required,
-            "content": {"application/json": {"schema": _ref(operation.body)}},
-        }
+    for kind, media in (
+        (operation.body, "application/json"),
+        (operation.form, "multipart/form-data"),
+    ):
+        if kind is not None:
+            described["requestBody"] = {
+                "required": operation.body_required,
+                "content": {media: {"schema": _ref(kind)}},
+            }
     parameters = [("query", name) for name in operation.query]
+    parameters += [("header", "Idempotency-Key")] if operation.once else []
     parameters += [("path", name) for name in re.findall(r"\{(\w+)\}", operation.path)]
     if parameters:
         described["parameters"] = [
@@ -275,8 +260,11 @@ def _responses(operation: Operation) -> dict[str, Any]:
         "description": "error",
         "content": {"application/json": {"schema": _ref(objects.ErrorResponse)}},
     }
-    errors = (*operation.errors, *_ACCESS_ERRORS[operation.access])
+    errors = (*operation.errors, *ACCESS_ERRORS[operation.access])
     responses = {str(status): error for status in errors}
     for status in (200, *operation.also_answers):
         responses[str(status)] = {"description": "answer", "content": content}
+    if operation.accepted is not None:
+        stored = {"application/json": {"schema": _ref(operation.accepted)}}
+        responses["202"] = {"description": "accepted", "content": stored}
     return dict(sorted(responses.items()))

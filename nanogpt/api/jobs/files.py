@@ -2,7 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from typing import IO, BinaryIO
+from typing import IO, Annotated, BinaryIO, Literal
+
+import msgspec
+from msgspec import Meta
 
 from nanogpt.api.answer import Answer
 from nanogpt.api.caller import Caller
@@ -22,6 +25,19 @@ MAX_NAME_CHARS = 255
 MAX_LISTED = 10_000
 _FIELDS = {"purpose", "expires_after[anchor]", "expires_after[seconds]"}
 _CHUNK = 256 * 1024
+
+
+class UploadForm(msgspec.Struct, frozen=True, kw_only=True):
+    """The parts of POST /v1/files."""
+
+    file: Annotated[bytes, Meta(description="the content")]
+    purpose: Literal["batch"]
+    expires_after_anchor: Annotated[
+        Literal["created_at"], Meta(description="with expires_after[seconds]")
+    ] = msgspec.field(default="created_at", name="expires_after[anchor]")
+    expires_after_seconds: (
+        Annotated[int, Meta(ge=MIN_KEEP_S, le=MAX_KEEP_S, description="how long to keep it")] | None
+    ) = msgspec.field(default=None, name="expires_after[seconds]")
 
 
 class FileRoutes:
