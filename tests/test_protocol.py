@@ -317,6 +317,46 @@ def test_context_length():
     assert error.value.param == "prompt"
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": ["x" * 64] * 32, "max_tokens": 0, "echo": True},
+        {"max_tokens": 62, "best_of": 128},
+    ],
+    ids=["echo", "generated"],
+)
+def test_log_probabilities_of_an_answer_are_limited(fields):
+    """40 KB of request had an answer of 408 MB, and the front end grew by twice that."""
+    fields = {"prompt": ["xx"] * 32, "n": 128, "logprobs": 20, **fields}
+    with pytest.raises(InvalidRequest) as error:
+        plan(**fields)
+    assert error.value.param == "logprobs"
+    assert f"at most {2**22}" in error.value.message
+    assert "lower logprobs" in error.value.message
+    assert plan(**{**fields, "logprobs": 14})
+    assert plan(**{**fields, "logprobs": None})
+
+
+def test_what_is_echoed_is_limited(monkeypatch):
+    monkeypatch.setattr("nanogpt.api.plan.MAX_ECHOED_CHARS", 4096)
+    fields = {"prompt": ["x" * 20, "x" * 13], "n": 128, "echo": True}
+    with pytest.raises(InvalidRequest, match="4224 characters") as error:
+        plan(**fields)
+    assert error.value.param == "echo"
+    assert plan(**{**fields, "n": 124})
+    assert plan(**{**fields, "echo": False})
+
+
+@pytest.mark.parametrize("half", ["\\ud800", "\\uDFFF", "\\ud83d\\ud83d\\ude00", "\\ude00\\ud83d"])
+def test_half_a_character_is_told_as_such(half):
+    """It was "Input data was truncated", of a body that was complete."""
+    with pytest.raises(InvalidRequest, match="surrogate"):
+        parse_completion(f'{{"model": "m", "prompt": "{half}"}}'.encode(), JSON)
+    assert parse(prompt="\N{GRINNING FACE}").prompt == "\N{GRINNING FACE}"
+    with pytest.raises(InvalidRequest, match="not valid JSON"):
+        parse_completion(b'{"model": "m", "prompt": "\\ud83d\\ude00"', JSON)
+
+
 def test_a_prompt_that_cannot_fit_is_not_tokenised():
     tokenizer = ByteTokenizer()
     too_long = "a" * (tokenizer.max_token_bytes * INFO.context_length + 1)

@@ -217,6 +217,18 @@ def test_echo_with_logprobs_scores_the_prompt():
     assert choices[3]["logprobs"]["tokens"] == ["b", "z", "w"]
 
 
+def test_a_prompts_entries_are_made_once_for_all_its_choices():
+    """For each of n = 128 choices they took their own time and memory."""
+    plan = make(prompt="né the", n=3, echo=True, logprobs=1, max_tokens=2)
+    assembler = Assembler(plan, TOKENIZER)
+    deltas = [d for batch in play([b"xy"])(plan.request) for d in assembler.feed(batch)[0]]
+    prompts = [delta.logprobs for delta in deltas if delta.text == "né the"]
+    assert len(prompts) == 3
+    assert prompts[0] is prompts[1] is prompts[2]
+    choices, _, _ = whole(plan, play([b"xy"])(plan.request))
+    assert [c["logprobs"]["tokens"] for c in choices] == [["né", " the", "x", "y"]] * 3
+
+
 def test_pure_scoring():
     plan = make(prompt="abab", echo=True, logprobs=0, max_tokens=0)
     (choice,), usage, _ = whole(plan, play([b"never"])(plan.request))

@@ -20,22 +20,28 @@ class _Prompt:
         self.tokens, self.text = tokens, text
         self.logprobs: list[TokenLogprobs] = []  # from the second token on
         self._scored = scored
+        self._entries: Logprobs | None = None
 
     @property
     def complete(self) -> bool:
         return not self._scored or len(self.logprobs) >= len(self.tokens) - 1
 
     def delta(self, index: int, tokenizer: Tokenizer, token_text: TokenText) -> Delta:
-        """The prompt as the beginning of a choice."""
-        logprobs = None
-        if self._scored:
-            logprobs = Logprobs()
-            detokenizer = IncrementalDetokenizer(tokenizer)
-            detokenizer.push(self.tokens)
-            values = (None, *self.logprobs)
-            for token, value, offset in zip(self.tokens, values, detokenizer.offsets, strict=True):
-                add_entry(logprobs, token, value, min(offset, len(self.text)), token_text)
-        return Delta(index, self.text, logprobs, [], None)
+        """The prompt as the beginning of a choice. The entries are the same ones in all of its
+        choices, and not to be changed.
+        """
+        if self._scored and self._entries is None:
+            self._entries = self._make_entries(tokenizer, token_text)
+        return Delta(index, self.text, self._entries, [], None)
+
+    def _make_entries(self, tokenizer: Tokenizer, token_text: TokenText) -> Logprobs:
+        entries = Logprobs()
+        detokenizer = IncrementalDetokenizer(tokenizer)
+        detokenizer.push(self.tokens)
+        values = (None, *self.logprobs)
+        for token, value, offset in zip(self.tokens, values, detokenizer.offsets, strict=True):
+            add_entry(entries, token, value, min(offset, len(self.text)), token_text)
+        return entries
 
 
 class Assembler:

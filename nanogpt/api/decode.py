@@ -5,6 +5,7 @@ field's default without widening its type.
 """
 
 import functools
+import re
 from typing import Any, TypeVar, get_args
 
 import msgspec
@@ -15,6 +16,10 @@ from nanogpt.errors import InvalidRequest, UnsupportedMediaType
 ECHO_CHARS = 200  # of a client's input that an error message may repeat
 
 T = TypeVar("T", bound=msgspec.Struct)
+# An escape for a high surrogate without a low one behind it, or for a low one without a high one.
+_HALF_PAIR = re.compile(
+    rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]", re.DOTALL
+)
 _OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -59,6 +64,8 @@ def _object(body: bytes) -> dict[str, msgspec.Raw]:
         problem = f"it must be a JSON object ({str(error).replace('`', '')})"
     except msgspec.DecodeError as error:
         problem = f"it is not valid JSON: {error}" if body else "it is empty; send a JSON object"
+        if _HALF_PAIR.search(body):
+            problem = "a string has half of a surrogate pair (\\ud800 to \\udfff), which is no text"
     except UnicodeDecodeError:
         problem = "it is not valid UTF-8"
     except RecursionError:

@@ -15,6 +15,11 @@ from nanogpt.request import GenerateRequest
 from nanogpt.sampling_params import SamplingParams
 from nanogpt.tokenizer import Tokenizer
 
+# In one answer. An entry is some 24 bytes of JSON, and twice that of memory until it is sent; the
+# longest list of prompts (MAX_PROMPTS) over a context of 1024, with logprobs 1, has just so many.
+MAX_LOGPROBS = 2**22
+MAX_ECHOED_CHARS = 2**26
+
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """One accepted request: what the engines get, and what the answer is made from."""
@@ -75,6 +80,7 @@ def make_plan(
     texts, prompts = _prompts(request, info, tokenizer)
     for prompt in prompts:
         _check_length(len(prompt), request.max_tokens, info)
+    _check_answer_size(request, texts, prompts)
     generate = GenerateRequest(
         request_id=f"cmpl-{secrets.token_hex(16)}",
         model=info.name,
@@ -175,6 +181,31 @@ def _check_length(prompt_tokens: int, max_tokens: int, info: ModelInfo) -> None:
         f"{'shorten the prompt' if too_long else 'shorten the prompt or lower max_tokens'}",
         param="prompt" if too_long else "max_tokens",
     )
+
+
+def _check_answer_size(
+    request: CompletionRequest, texts: Sequence[str], prompts: Sequence[Sequence[int]]
+) -> None:
+    """Before any work is done: a small request could have an answer of gigabytes."""
+    echoed = request.generated * sum(map(len, texts)) if request.echo else 0
+    if echoed > MAX_ECHOED_CHARS:
+        raise InvalidRequest(
+            f"{len(texts)} prompts with {request.generated} choices each would bring {echoed} "
+            f"characters of prompts back, at most {MAX_ECHOED_CHARS} are allowed in one answer; "
+            "leave out echo, lower n, or split the request",
+            param="echo",
+        )
+    if request.logprobs is None:
+        return
+    tokens = sum(request.max_tokens + request.echo * len(prompt) for prompt in prompts)
+    entries = request.generated * tokens * (request.logprobs + 1)
+    if entries > MAX_LOGPROBS:
+        raise InvalidRequest(
+            f"{len(prompts)} prompts with {request.generated} choices each may bring {entries} log "
+            f"probabilities, at most {MAX_LOGPROBS} are allowed in one answer; lower logprobs, n "
+            "or max_tokens, or split the request",
+            param="logprobs",
+        )
 
 
 def check_ids(ids: Iterable[int], info: ModelInfo, param: str) -> None:
