@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
 
 import flask
 from werkzeug.exceptions import (
@@ -28,6 +27,7 @@ from nanogpt.api.admission import Admission
 from nanogpt.api.answer import JSON, Answer, new_request_id
 from nanogpt.api.backend import Cluster
 from nanogpt.api.caller import Caller
+from nanogpt.api.client_socket import Peer
 from nanogpt.api.decode import clip
 from nanogpt.api.jobs import once
 from nanogpt.api.jobs.batches import BatchRoutes
@@ -191,9 +191,11 @@ def _add_batches(app: flask.Flask, batches: BatchRoutes) -> None:
         return _response(batches.cancel(flask.g.caller, id))
 
 
-def _peer() -> Any:
-    """The client's socket, where the server shows it."""
-    return flask.request.environ.get("gunicorn.socket")
+def _peer() -> Peer | None:
+    """The client, where the server shows its socket."""
+    environ = flask.request.environ
+    socket = environ.get("gunicorn.socket")
+    return None if socket is None else Peer(socket, environ["SERVER_PROTOCOL"] == "HTTP/1.1")
 
 
 def _add_routes(app: flask.Flask, service: Service) -> None:
@@ -285,8 +287,11 @@ def _only_key(*, allowed: bool = True) -> str:
 
 
 def _query(known: set[str]) -> dict[str, str]:
-    """The parameters of the query. Raises InvalidRequest for one that isn't known."""
-    for name in flask.request.args:
+    """The parameters of the query. Raises InvalidRequest for one that isn't known, or is there
+    twice."""
+    for name, values in flask.request.args.lists():
+        if len(values) > 1:
+            raise InvalidRequest(f"{clip(name)} is there twice", param=clip(name))
         if name not in known:
             hint = f"; known: {', '.join(sorted(known))}" if known else ""
             raise InvalidRequest(f"unknown query parameter {clip(name)!r}{hint}", param=clip(name))
