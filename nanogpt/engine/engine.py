@@ -7,11 +7,15 @@ no locks: it belongs to the thread that calls it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import torch
 
 from nanogpt.engine.block_manager import BlockManager
+from nanogpt.engine.bursts import Bursts
 from nanogpt.engine.model_runner import ModelRunner, StepOutput
 from nanogpt.engine.sampler import NO_TOKEN
 from nanogpt.engine.scheduler import Batch, Scheduler
@@ -34,6 +38,17 @@ from nanogpt.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from nanogpt.model.load import LoadedModel
 
+NOTHING_TO_SAMPLE = "the logits leave no token to sample"
+
+
+@contextmanager
+def _failing(what: str) -> Iterator[None]:
+    """Whatever goes wrong with the network is the engine's end."""
+    try:
+        yield
+    except Exception as error:
+        raise EngineError(f"{what} failed: {error}") from error
+
 
 class Engine:
     """Generates this rank's choices of every request that it is given.
@@ -53,6 +68,8 @@ class Engine:
         block_size: int = 16,
         max_num_seqs: int = 128,
         max_batch_tokens: int = 1024,
+        burst_steps: int = 0,
+        deterministic: bool = False,
     ) -> None:
         self.info: ModelInfo = loaded.info
         self._rank = rank
@@ -68,7 +85,12 @@ class Engine:
             device=torch.device(device),
             num_kv_blocks=num_kv_blocks,
             block_size=block_size,
+            deterministic=deterministic,
         )
+        self._bursts: Bursts | None = None
+        if burst_steps:
+            decoder = self._runner.decoder(max_rows=max_num_seqs, max_steps=burst_steps)
+            self._bursts = Bursts(decoder, self._scheduler)
         self._live: dict[str, dict[int, Sequence]] = {}
         self._events: list[EngineEvent] = []  # of choices that never ran; the next step's
         self._arrivals = 0
@@ -76,7 +98,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._live or self._events)
+        return bool(self._live or self._events or self._bursts)
 
     def add(self, request: GenerateRequest) -> None:
         """Queue this rank's choices of a request. A request that can't run gets RequestFailed."""
@@ -117,13 +139,17 @@ class Engine:
         Raises EngineError when the network can't be run; the engine is of no use after that.
         """
         events, self._events = self._events, []
+        if self._bursts:
+            return events + self._finish_burst(self._bursts)
         if not self._live:
             return events
         batch = self._scheduler.schedule()
-        try:
+        with _failing(f"a step of {len(batch.chunks)} sequences"):
+            if self._bursts is not None and self._bursts.takes(batch):
+                self._runner.copy_blocks(batch.copies)
+                self._bursts.start(batch)
+                return events  # the next call has the tokens
             output = self._runner.run(batch)
-        except Exception as error:
-            raise EngineError(f"a step of {len(batch.chunks)} sequences failed: {error}") from error
         events += self._record(batch, output)
         return events
 
@@ -211,7 +237,7 @@ class Engine:
                 continue
             if token_id == NO_TOKEN:
                 self.abort(seq.request_id)
-                events.append(RequestFailed(seq.request_id, "the logits leave no token to sample"))
+                events.append(RequestFailed(seq.request_id, NOTHING_TO_SAMPLE))
                 failed.add(seq.request_id)
             else:
                 events.append(self._accept(seq, token_id, entry))
@@ -234,6 +260,40 @@ class Engine:
             event = _token_event(seq, (token_id,), logprobs)
         seq.append(token_id)
         return event
+
+    def _finish_burst(self, bursts: Bursts) -> list[EngineEvent]:
+        with _failing("a burst"):
+            bursts.follow()
+            rows = bursts.collect()
+        events: list[EngineEvent] = []
+        for seq, token_ids, num_known in rows:
+            if seq.running:  # its request may have failed just now
+                events += self._accept_all(seq, token_ids, num_known)
+        return events
+
+    def _accept_all(self, seq: Sequence, token_ids: list[int], num_known: int) -> list[EngineEvent]:
+        """Append a burst's tokens, none too many for the choice, up to one that ends it. The
+        scheduler knows that `num_known` of the positions before them have been computed."""
+        accepted = [
+            *takewhile(lambda token: token != NO_TOKEN and token not in seq.ends, token_ids)
+        ]
+        ending = token_ids[len(accepted)] if len(accepted) < len(token_ids) else None
+        reason: FinishReason | None = None if ending is None else "stop"
+        if ending is None and seq.output_len + len(accepted) == seq.max_new:
+            reason = "length"
+        self._num_generated += len(accepted)
+        if ending == NO_TOKEN:
+            event = _token_event(seq, tuple(accepted))
+            self.abort(seq.request_id)
+            failure = RequestFailed(seq.request_id, NOTHING_TO_SAMPLE)
+            return [event, failure] if accepted else [failure]
+        event = _token_event(seq, tuple(accepted), None, reason)
+        for token_id in accepted:
+            seq.append(token_id)
+        self._scheduler.advance(seq, len(accepted) + (ending is not None) - num_known)
+        if reason:
+            self._forget(seq)
+        return [event]
 
     def _forget(self, seq: Sequence) -> None:
         self._scheduler.finish(seq)

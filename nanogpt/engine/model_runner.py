@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from nanogpt.engine.attention import AttentionMetadata, PagedAttend, allocate_kv_cache
 from nanogpt.engine.cpu.linear import pack_model
+from nanogpt.engine.decode import Decoder, DecodeState, DecodeStep, power_buckets
+from nanogpt.engine.kv_cache import blocks_per_context
 from nanogpt.engine.packing import pack
 from nanogpt.engine.running_batch import RunningBatch
 from nanogpt.engine.sampler import Sampler
@@ -45,13 +48,23 @@ class ModelRunner:
     """
 
     def __init__(
-        self, loaded: LoadedModel, *, device: torch.device, num_kv_blocks: int, block_size: int
+        self,
+        loaded: LoadedModel,
+        *,
+        device: torch.device,
+        num_kv_blocks: int,
+        block_size: int,
+        deterministic: bool = False,
     ) -> None:
-        self._model, self._device = loaded.model, device
+        self._model, self._device, self._info = loaded.model, device, loaded.info
         config, dtype = loaded.model.config, loaded.model.wte.weight.dtype
+        self._head: Callable[[Tensor], Tensor] = self._model.lm_head
         if device.type == "cpu":
             pack_model(self._model)
-        self._cache = allocate_kv_cache(config, num_kv_blocks, block_size, dtype, device)
+            self._head = self._model.lm_head
+        self._num_blocks = num_kv_blocks
+        # One block more, for rows that go on idly (see decode.py).
+        self._cache = allocate_kv_cache(config, num_kv_blocks + 1, block_size, dtype, device)
         self._sampler = Sampler(
             vocab_size=loaded.info.vocab_size,
             eos_token_id=loaded.info.eos_token_id,
@@ -62,13 +75,10 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepOutput:
         """Compute a batch. Whatever goes wrong here is the engine's end, not one request's."""
-        for source, target in batch.copies:
-            self._cache.copy_block(source, target)
+        self.copy_blocks(batch.copies)
         hidden = self._hidden(batch)  # (N, C)
         if self._running:  # each row gives one token
-            token_ids, logprobs = self._sampler.sample(
-                self._model.lm_head(hidden), self._running.seqs
-            )
+            token_ids, logprobs = self._sampler.sample(self._head(hidden), self._running.seqs)
             return StepOutput(token_ids, logprobs, [])
         scores, rows, sampled, row = [], [], [], 0
         for chunk in batch.chunks:
@@ -79,9 +89,41 @@ class ModelRunner:
             sampled += chunk.samplers
         if not sampled:
             return StepOutput([], [], scores)
-        logits = self._model.lm_head(hidden[self._tensor(rows)])  # (B, V)
+        logits = self._head(hidden[self._tensor(rows)])  # (B, V)
         token_ids, logprobs = self._sampler.sample(logits, sampled)
         return StepOutput(token_ids, logprobs, scores)
+
+    @torch.inference_mode()
+    def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
+        """Copy blocks of the cache, source to destination, one after another."""
+        for source, target in copies:
+            self._cache.copy_block(source, target)
+
+    @torch.inference_mode()
+    def decoder(self, *, max_rows: int, max_steps: int) -> Decoder:
+        """Decode steps of up to `max_rows` sequences, `max_steps` of them between two looks."""
+        size = self._cache.block_size
+        max_blocks = blocks_per_context(self._info.context_length, size)
+        state = DecodeState(
+            max_rows=max_rows, max_steps=max_steps, max_blocks=max_blocks, device=self._device
+        )
+        step: Callable[[int], None] = DecodeStep(
+            self._logits,
+            state,
+            block_size=size,
+            spare_block=self._num_blocks,
+            vocab_size=self._info.vocab_size,
+        )
+        buckets = power_buckets(max_rows)
+        if self._device.type == "cuda":
+            from nanogpt.engine.cuda.graphs import GraphedStep
+
+            step = GraphedStep(step, buckets)
+        return Decoder(step, state, buckets)
+
+    def _logits(self, token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
+        attend = PagedAttend(self._cache, metadata)
+        return self._head(self._model.hidden(token_ids, metadata.positions, attend))
 
     def _hidden(self, batch: Batch) -> Tensor:
         token_ids, metadata = self._inputs(batch)
@@ -106,7 +148,7 @@ class ModelRunner:
         for position in range(seq.score_next, last + 1, SCORED_ROWS):
             tokens = seq.tokens[position : min(position + SCORED_ROWS, last + 1)]
             row = first_row + position - 1 - chunk.start
-            logits = self._model.lm_head(hidden[row : row + len(tokens)])
+            logits = self._head(hidden[row : row + len(tokens)])
             top = seq.params.logprobs or 0
             scored = self._sampler.logprobs(logits, top=top > 0)
             entries += scored.of(self._tensor(tokens), [top] * len(tokens))

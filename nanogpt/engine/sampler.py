@@ -11,6 +11,7 @@ from nanogpt.engine.logprobs import Logprobs
 from nanogpt.engine.sequence import Sequence
 from nanogpt.engine.uniforms import stream_key, uniforms
 from nanogpt.request import TokenLogprobs
+from nanogpt.sampling_params import SamplingParams
 
 NO_TOKEN = -1  # there is none to sample
 MIN_TEMPERATURE = 1e-5  # below, logits / temperature could overflow; as good as greedy
@@ -158,8 +159,8 @@ class _Plan:
         self.keys = torch.from_numpy(
             np.array(keys, np.uint64).view(np.int64)
         )  # (B, 2), on the host
-        # 1 / temperature, 0 for greedy rows; all of these are (B,).
-        scale = [0.0 if p.is_greedy else 1 / max(p.temperature, MIN_TEMPERATURE) for p in params]
+        # All of these are (B,).
+        scale = [scale_of(p) for p in params]
         self.scale = torch.tensor(scale, dtype=torch.float32, device=device)
         self.top_k = torch.tensor([p.top_k for p in params], dtype=torch.long, device=device)
         self.top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
@@ -171,7 +172,8 @@ class _Plan:
 
     def uniforms(self) -> Tensor:
         """The next uniform of every random row (R,), float64."""
-        row = np.array([_uniform(self.seqs[row]) for row in self.random])
+        seqs = [self.seqs[row] for row in self.random]
+        row = np.array([stream_of(seq)[seq.output_len] for seq in seqs])
         return torch.from_numpy(row).to(self._device, non_blocking=True)
 
 
@@ -184,10 +186,16 @@ def argmax(logits: Tensor) -> Tensor:
     return block * WIDTH + blocks[rows, block].argmax(-1)
 
 
-def _uniform(seq: Sequence) -> float:
+def scale_of(params: SamplingParams) -> float:
+    """1 / temperature; 0 for greedy."""
+    return 0.0 if params.is_greedy else 1 / max(params.temperature, MIN_TEMPERATURE)
+
+
+def stream_of(seq: Sequence) -> np.ndarray:
+    """A choice's uniforms (max_new,), drawn on first use."""
     if seq.uniforms is None:
         seq.uniforms = uniforms(seq.params.seed, seq.prompt_i, seq.choice_j, seq.max_new)
-    return seq.uniforms[seq.output_len]
+    return seq.uniforms
 
 
 def _select(x: Tensor, rows: list[int]) -> Tensor:

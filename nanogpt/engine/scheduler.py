@@ -24,7 +24,7 @@ Most steps only advance the sequences of the step before by one token each. Thos
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from nanogpt.engine.block_manager import BlockManager, extend_hashes
@@ -148,6 +148,28 @@ class Scheduler:
         if len(batch.chunks) == len(self.running) and batch.is_decode:
             self._last = batch.chunks
             self._charges = [*Counter(chunk.seq.flow for chunk in batch.chunks).items()]
+
+    def reserve(self, needs: Iterable[tuple[Sequence, int]]) -> bool:
+        """Blocks for the tokens of running sequences up to a position each, where more are needed;
+        False, with nothing done, if there are too few."""
+        size = self.blocks.block_size
+        missing = [(seq, last // size + 1 - len(seq.block_table)) for seq, last in needs]
+        missing = [(seq, count) for seq, count in missing if count > 0]
+        if sum(count for _, count in missing) > self.blocks.num_free:
+            return False
+        for seq, count in missing:
+            seq.block_table += self.blocks.allocate(count)
+        return True
+
+    def advance(self, seq: Sequence, count: int) -> None:
+        """Account for tokens that were computed without a batch for each (see bursts.py): `count`
+        of a running sequence, appended to it already, and as many sampled."""
+        if not count:
+            return
+        start, seq.num_computed = seq.num_computed, seq.num_computed + count
+        self._register(seq, start, seq.num_computed)
+        seq.flow.charge(count)
+        self._last = None
 
     def finish(self, seq: Sequence) -> None:
         """Take a sequence out, wherever it is; its followers go on without it."""
