@@ -168,6 +168,22 @@ def test_sampling_equals_its_definition_in_integers(
     assert ids == want
 
 
+@pytest.mark.usefixtures("both")
+@pytest.mark.parametrize("filters", [{}, *FILTERS[6:8], *FILTERS[11:], {"top_k": 3000}], ids=str)
+@pytest.mark.parametrize("scale", [0.6, 3.0])
+def test_filters_of_a_large_vocabulary(scale: float, filters: dict[str, Any]) -> None:
+    """Large enough that the kernels take a sample of the row."""
+    size, count = 30000, 4
+    logits = logits_of(1, seed=5, rows=size, scale=scale)
+    logits[:, ::3] = logits[:, ::3].bfloat16().float()
+    shares = shares_in(logits, size)[0]
+    seqs = [sequence(seed=5, choice=j, **filters) for j in range(count)]
+    ids, _ = sampler(size).sample(logits.expand(count, -1).clone(), seqs)
+    assert ids == [
+        reference(shares, size, uniforms(5, 0, j, 1)[0], **filters) for j in range(count)
+    ]
+
+
 @needs_kernels
 def test_kernels_and_torch_agree_but_for_the_last_bit_of_exp() -> None:
     """One draw in a million falls between two roundings; the seed is fixed."""

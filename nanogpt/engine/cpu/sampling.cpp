@@ -61,7 +61,7 @@ at::Tensor sample(const at::Tensor& logits, int64_t vocab_size, const at::Tensor
         const double uniform = factor[row] == 0 ? 0 : uniform_at(key + 2 * row, position[row]);
         token_ids[row] =
             sampler.sample(first + row * stride, static_cast<int>(vocab_size),
-                           {uniform, factor[row], k[row], p[row], least[row]});
+                           {uniform, factor[row], {k[row], p[row], least[row]}});
       }
     });
   };

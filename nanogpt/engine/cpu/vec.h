@@ -58,6 +58,10 @@ inline Vec zero_below(Vec x, float bound, Vec a) {
   const __mmask16 keep = _mm512_cmp_ps_mask(x.x, _mm512_set1_ps(bound), _CMP_NLT_UQ);
   return {_mm512_maskz_mov_ps(keep, a.x)};
 }
+// A bit for each lane of at least `bound`; for numbers only.
+inline uint32_t lanes_from(Vec x, float bound) {
+  return _mm512_cmp_ps_mask(x.x, _mm512_set1_ps(bound), _CMP_GE_OQ);
+}
 // 2^n, where the low bits of `magic` (n + 1.5 * 2^23) hold the integer n.
 inline Vec power_of_two(Vec magic) {
   const __m512i shifted = _mm512_slli_epi32(_mm512_castps_si512(magic.x), 23);
@@ -116,6 +120,11 @@ inline Vec zero_below(Vec x, float bound, Vec a) {
   return {_mm256_and_ps(_mm256_cmp_ps(x.x, b, _CMP_NLT_UQ), a.x),
           _mm256_and_ps(_mm256_cmp_ps(x.y, b, _CMP_NLT_UQ), a.y)};
 }
+inline uint32_t lanes_from(Vec x, float bound) {
+  const __m256 b = _mm256_set1_ps(bound);
+  return _mm256_movemask_ps(_mm256_cmp_ps(x.x, b, _CMP_GE_OQ)) |
+         _mm256_movemask_ps(_mm256_cmp_ps(x.y, b, _CMP_GE_OQ)) << 8;
+}
 inline __m256 power_of_two(__m256 magic) {
   const __m256i shifted = _mm256_slli_epi32(_mm256_castps_si256(magic), 23);
   return _mm256_castsi256_ps(_mm256_add_epi32(shifted, _mm256_set1_epi32(0x3f800000)));
@@ -168,6 +177,11 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 }
 inline Vec select(Vec x, float bound, Vec a, Vec b) { return {x.x < bound ? b.x : a.x}; }
 inline Vec zero_below(Vec x, float bound, Vec a) { return {x.x < bound ? Floats{} : a.x}; }
+inline uint32_t lanes_from(Vec x, float bound) {
+  uint32_t lanes = 0;
+  for (int i = 0; i < kLanes; i++) lanes |= uint32_t{x.x[i] >= bound} << i;
+  return lanes;
+}
 inline Vec power_of_two(Vec magic) {
   const Ints power = ((Ints)magic.x << 23) + 0x3f800000;
   return {(Floats)power};
