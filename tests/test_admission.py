@@ -394,6 +394,23 @@ def test_a_state_that_breaks_leaves_the_bans_in_force(start, clock, tmp_path, ca
     assert "stay as they are" in caplog.text
 
 
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_a_state_file_that_another_takes_the_place_of(start, clock, tmp_path, caplog, how):
+    """A server went on with the file that nobody else could see any more, and said nothing: what
+    the command line changed in the new one had no effect."""
+    admission = start()
+    admission.ban(user="mallory", reason="x", seconds=None, by="ops")
+    (tmp_path / "state.sqlite").rename(tmp_path / "elsewhere.sqlite")
+    if how == "replaced":
+        State(str(tmp_path / "state.sqlite")).close()
+    for _ in range(3):
+        clock.advance(REFRESH_S)
+        with pytest.raises(Banned):
+            Client(admission).ask("mallory")
+    assert len(caplog.messages) == 1
+    assert "start the server again" in caplog.text
+
+
 def break_writing(admission):
     """As with a full disk, or one that went read-only."""
     admission._state._db.execute("PRAGMA query_only = ON")
@@ -883,6 +900,21 @@ def test_a_full_disk_stops_no_request(tmp_path, clock, caplog):
     assert admission.stats().audit_failures == 5
     admission.close()
     assert len(caplog.messages) == 1
+
+
+def test_an_audit_log_that_can_be_written_again_is(tmp_path, clock):
+    """One failure to open it anew, and nothing was written until the server was restarted."""
+    log = AuditLog(tmp_path / "audit.jsonl", 10**6, 1)
+    log.write(Entry(request_id="1"))
+    (tmp_path / "audit.jsonl").rename(tmp_path / "moved")
+    (tmp_path / "audit.jsonl").mkdir()
+    log.write(Entry(request_id="2"))
+    assert log.failures == 1
+    (tmp_path / "audit.jsonl").rmdir()
+    log.write(Entry(request_id="3"))
+    log.close()
+    assert [entry["request_id"] for entry in audit_lines(tmp_path)] == ["3"]
+    assert log.failures == 1
 
 
 def test_an_audit_log_that_can_not_be(tmp_path, clock):

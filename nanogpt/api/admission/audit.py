@@ -160,6 +160,7 @@ class _SharedFile(RotatingFileHandler):
         if there is not None and (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino):
             return False
         stream.close()
+        self.stream = None  # if opening fails now, the next entry tries again
         self.stream = self._open()
         return True
 

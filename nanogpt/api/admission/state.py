@@ -4,6 +4,7 @@ Every process that opens the file sees the changes of the others: `changed` asks
 another connection committed, which costs microseconds.
 """
 
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -67,6 +68,7 @@ class State:
             raise _unusable(path, error) from error
         try:
             self._set_up()
+            self._identity = _identity(path)
         except (sqlite3.Error, StartupError) as error:
             self._db.close()
             if isinstance(error, StartupError):
@@ -104,7 +106,11 @@ class State:
             self._db.close()
 
     def version(self) -> int:
-        """Another number whenever another connection has changed the file."""
+        """Another number whenever another connection has changed the file. Raises StartupError when
+        another file has taken its place: nobody else sees the one that is open here.
+        """
+        if self.path != MEMORY_STATE and _identity(self.path) != self._identity:
+            raise StartupError("it was replaced or removed: start the server again")
         with self._lock:
             (version,) = self._db.execute("PRAGMA data_version").fetchone()
         return int(version)
@@ -215,6 +221,15 @@ class State:
             Action(time, key, user, rule, kind, reason, bool(dry_run))
             for time, key, user, rule, kind, reason, dry_run in rows
         ]
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    """Of the file at this path; None when there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _is_meant(known: Subject, subject: Subject) -> bool:
