@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanogpt.engine.model_runner import StepOutput
 from nanogpt.engine.sampler import NO_TOKEN
 from nanogpt.engine.scheduler import Batch, Scheduler
 from nanogpt.engine.sequence import Sequence
@@ -66,6 +67,45 @@ def test_prompt_of_n_choices_is_computed_once() -> None:
     assert len({tuple(result.tokens["r", i]) for i in range(16)}) > 1
     copies = [copy for batch in engine._runner.batches for copy in batch.copies]
     assert len(copies) == 15, "the last partial block is copied for all choices but one"
+
+
+def test_128_choices_of_900_tokens_hold_their_prompt_once() -> None:
+    """57 blocks of 16 for the prompt, its partly filled last one copied for each choice but one;
+    then each choice has blocks for its own tokens only."""
+    engine = fake_engine(
+        num_kv_blocks=600,
+        block_size=16,
+        max_num_seqs=128,
+        max_batch_tokens=512,
+        context_length=1024,
+    )
+
+    def run(batch: Batch) -> StepOutput:  # the fake one's checks would take minutes here
+        count = sum(len(chunk.samplers) for chunk in batch.chunks)
+        return StepOutput([1] * count, [None] * count, [])
+
+    engine._runner.run = run  # type: ignore[method-assign]
+    engine.add(request("r", prompt_of(900), n=128, max_tokens=21))
+    engine.step()
+    engine.step()  # the prompt is complete, and every choice has a token
+    assert (engine.stats().running, 600 - engine.stats().free_blocks) == (128, 57)
+    most = 0
+    while engine.has_work:
+        most = max(most, 600 - engine.stats().free_blocks)
+        engine.step()
+    assert most == 56 + 128 * 2  # 900 + 20 tokens end in the second block after the 56 full ones
+    assert engine.stats().prompt_tokens == 900
+    assert engine.stats().preemptions == 0
+    assert engine.stats().generated_tokens == 128 * 21
+
+
+def test_prompts_of_several_requests_share_a_step() -> None:
+    engine = fake_engine(max_batch_tokens=32)
+    for i in range(4):
+        engine.add(request(f"r{i}", prompt_of(10, i)))
+    engine.step()
+    (batch,) = engine._runner.batches  # type: ignore[attr-defined]
+    assert [(c.start, c.end) for c in batch.chunks] == [(0, 10), (0, 10), (0, 10), (0, 2)]
 
 
 def test_blocks_of_a_full_prompt_are_not_copied() -> None:

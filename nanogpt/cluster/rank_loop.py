@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 IDLE_POLL_S = 0.001  # how late an idle rank may see a broadcast
 IDLE_WAIT_MS = 200  # rank 0 wakes up when a message comes; this is for its other duties
+STATS_S = 0.2  # how old the statistics in a beat may be while steps go on
 MAX_BACKLOG = 1000  # event messages the front end has not taken: generate no more until it has
 
 
@@ -54,6 +55,7 @@ class RankLoop:
         self._link: EventLink | None = None
         self._heart: Heart | None = None
         self._stats: tuple[EngineStats, ...] = ()
+        self._stats_at = 0.0  # time.monotonic()
 
     def turn(self) -> None:
         """One tick. Waits a little when there is nothing to do."""
@@ -118,7 +120,9 @@ class RankLoop:
         for engine in self._engines.values():
             if engine.has_work:
                 self._send(engine.step())
-        self._publish_stats()
+        is_idle = not any(engine.has_work for engine in self._engines.values())
+        if is_idle or time.monotonic() - self._stats_at >= STATS_S:
+            self._publish_stats()
 
     def _send(self, events: list[EngineEvent]) -> None:
         if self._link and events:
@@ -126,4 +130,5 @@ class RankLoop:
             self._on_progress()
 
     def _publish_stats(self) -> None:
+        self._stats_at = time.monotonic()
         self._stats = tuple(engine.stats() for engine in self._engines.values())

@@ -129,7 +129,7 @@ class Scheduler:
         chunks, size = self._last, self.blocks.block_size
         if chunks is None:
             return None
-        full = [chunk.seq for chunk in chunks if chunk.end % size == 0]
+        full = [c.seq for c in chunks if len(c.seq.block_table) * size == c.end]
         if len(full) > self.blocks.num_free:
             return None
         for seq, block in zip(full, self.blocks.allocate(len(full)), strict=True):
