@@ -372,6 +372,16 @@ def test_tokenising_counts_as_a_request(cluster):
     assert cluster.tok.encoded == encoded
 
 
+def test_tokenising_is_no_burst(cluster):
+    """An evaluation harness sends hundreds of texts in seconds, and would have to pause."""
+    table = {"bursts": {"requests": 2, "strikes": 1}}
+    client = make_app(cluster, table=table, environ=CLOSED).test_client()
+    for _ in range(6):
+        body = {"prompt": "hi"}
+        assert client.post("/tokenize", json=body, headers=bearer(KEY)).status_code == 200
+    assert complete(client, bearer(KEY)).status_code == 200
+
+
 def test_limits_of_a_user(cluster):
     client = limited(cluster, user_limits={"requests_per_minute": 1})
     assert complete(client, bearer(KEY), user="u").status_code == 200

@@ -82,7 +82,11 @@ class Caller:
             self._admission.check_bans(self._known, user=self.user, request_id=self._request_id)
             raise
 
-    def precheck(self, user: str | None, model: str, priority: int = 0) -> None:
+    def count_request(self, model: str) -> None:
+        """For tokenising. Raises RateLimited."""
+        self._admission.count_request(self._known, request_id=self._request_id, model=model)
+
+    def precheck(self, user: str | None, model: str, priority: int) -> None:
         """Before any work is done. Raises Banned, RateLimited, Unavailable, and InvalidRequest for
         a priority before everybody else's (it preempts their choices)."""
         self.user = user

@@ -203,7 +203,7 @@ class Service:
         check_content_type(content_type)
         request = decode(body, TokenizeRequest)
         info, tokenizer = self._model_or_only(caller, request.model)
-        caller.precheck(None, info.name)  # it counts as a request
+        caller.count_request(info.name)
         ids = list(encode_prompt(request.prompt, info, tokenizer)) if request.prompt else []
         strings = [token_text(tokenizer, i) for i in ids] if request.return_token_strs else None
         return Answer(encode(TokenizeResponse(len(ids), info.context_length, ids, strings)))
@@ -212,7 +212,7 @@ class Service:
         check_content_type(content_type)
         request = decode(body, DetokenizeRequest)
         info, tokenizer = self._model_or_only(caller, request.model)
-        caller.precheck(None, info.name)  # it counts as a request
+        caller.count_request(info.name)
         check_ids(request.tokens, info, "tokens")
         return Answer(encode(DetokenizeResponse(tokenizer.decode(request.tokens))))
 

@@ -180,11 +180,13 @@ class Admission:
         caller = _Caller(principal, clean_user(user), request_id, model)
         self._check_bans(caller)
         self._notice_burst(caller)
-        try:
-            self._limiter.take_request(principal, caller.user)
-        except RateLimited as error:
-            self._note_refusal(self._entry(caller), error)
-            raise
+        self._take_request(caller)
+
+    def count_request(self, principal: Principal, *, request_id: str, model: str) -> None:
+        """For tokenising: a request of the key like any other, but many at once are no burst, since
+        that is how evaluation harnesses go about it. Raises RateLimited.
+        """
+        self._take_request(_Caller(principal, "", request_id, model))
 
     def admit(
         self,
@@ -353,6 +355,13 @@ class Admission:
         error = ban.error(self._clock.time())
         self._note_refusal(self._entry(caller, reason=ban.reason), error)
         raise error
+
+    def _take_request(self, caller: _Caller) -> None:
+        try:
+            self._limiter.take_request(caller.principal, caller.user)
+        except RateLimited as error:
+            self._note_refusal(self._entry(caller), error)
+            raise
 
     def _notice_burst(self, caller: _Caller) -> None:
         subject, rule = caller.subject, self._config.bursts
