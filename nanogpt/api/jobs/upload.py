@@ -12,7 +12,9 @@ from nanogpt.api.decode import clip
 from nanogpt.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 from nanogpt.jobs.files import Upload
 
-MAX_FIELD_BYTES = 16 * 1024
+# Of all fields but the file; also what the parser holds of the file, which it is given in pieces of
+# 64 KiB.
+MAX_FORM_BYTES = 512 * 1024
 MAX_PARTS = 16
 FRAME_BYTES = 64 * 1024  # what a multipart body has beyond the file
 
@@ -56,7 +58,7 @@ def receive(
 
     parser = FormDataParser(
         stream_factory=factory,
-        max_form_memory_size=MAX_FIELD_BYTES,
+        max_form_memory_size=MAX_FORM_BYTES,
         max_form_parts=MAX_PARTS,
         silent=False,
     )
