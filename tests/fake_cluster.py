@@ -172,6 +172,13 @@ class FakeHandle:
         except queue.Empty:
             return []
 
+    def send_to(self, sink: Callable[[Sequence[EngineEvent]], None]) -> None:
+        def play() -> None:
+            while not self.left.is_set() and (events := self.events(0)):
+                sink(events)
+
+        threading.Thread(target=play, daemon=True).start()
+
     def cancel(self, index: int | None = None) -> None:
         self.cancelled.append(index)
         if index is None:

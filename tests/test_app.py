@@ -642,7 +642,8 @@ def test_a_client_that_does_not_read_is_cancelled():
     with running(words=20_000) as server, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", server.port))
-        body = json.dumps({"model": NAME, "prompt": "hi", "max_tokens": 50_000, "stream": True})
+        fields = {"model": NAME, "prompt": "hi", "max_tokens": 50_000, "stream": True}
+        body = json.dumps({**fields, "logprobs": 5})  # megabytes, even when put together
         connection.sendall(
             b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n"
             + f"Content-Length: {len(body)}\r\n\r\n{body}".encode()

@@ -1,6 +1,6 @@
 """What the HTTP layer needs of the cluster, so that any object of this shape can serve it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from nanogpt.registry import ModelInfo
@@ -41,6 +41,13 @@ class Handle(Protocol):
         """Stop one choice, or all of them. May be called again."""
 
 
+class LiveHandle(Handle, Protocol):
+    """One whose events may be pushed."""
+
+    def send_to(self, sink: Callable[[Sequence[EngineEvent]], None]) -> None:
+        """From now on events go there instead, in any thread; `sink` must not wait."""
+
+
 class Cluster(Protocol):
     """Thread-safe."""
 
@@ -56,7 +63,7 @@ class Cluster(Protocol):
     def stats(self) -> Mapping[int, Sequence[EngineStats]]:
         """The latest of each rank, one entry for each of its models."""
 
-    def submit(self, request: GenerateRequest) -> Handle:
+    def submit(self, request: GenerateRequest) -> LiveHandle:
         """Accept a request without owners. Raises Unavailable; InvalidRequest: too many choices."""
 
     def drain(self) -> None:

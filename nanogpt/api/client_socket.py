@@ -6,18 +6,24 @@ POLLRDHUP shows the other side's FIN at once, even with unread bytes in front of
 
 import select
 from collections.abc import Callable
-from typing import Any
+from socket import socket
+from typing import NamedTuple
 
 
-def watch(socket: Any) -> Callable[[], bool]:
-    """A function that says whether the peer of this socket has closed; cheap enough for a loop.
+class Peer(NamedTuple):
+    """The client's connection."""
 
-    Without a socket (a server that hides it) the client is taken to be there.
+    socket: socket
+    is_chunked: bool  # an answer without a length goes out in chunks: HTTP/1.1
+
+
+def watch(peer: Peer | None) -> Callable[[], bool]:
+    """A function that says whether the peer has closed its side; cheap enough for a loop.
+
+    Without one (a server that hides it) the client is taken to be there.
     """
-    try:
-        descriptor = socket.fileno()
-    except (AttributeError, OSError):
+    if peer is None:
         return lambda: False
     poll = select.poll()
-    poll.register(descriptor, select.POLLRDHUP)
+    poll.register(peer.socket, select.POLLRDHUP)
     return lambda: bool(poll.poll(0))

@@ -17,7 +17,8 @@ POLL_S = 1.0  # how often an idle exchange looks after its client, and pings it
 
 
 class Exchange:
-    """One request while it is answered. Used by one thread.
+    """One request while it is answered. Used by one thread at a time, but that a stream's thread
+    may look around while the one that writes streams advances it.
 
     Whatever ends it (the last token, an error, a client that left, a generator that is closed),
     `close` is called, and what still runs is cancelled.
@@ -64,17 +65,18 @@ class Exchange:
         long for its first token, or when the server must end before the request does.
         """
         while not self.assembler.done:
-            self._look_around()
-            events = self.handle.events(POLL_S if self._begun else self._patience())
-            if not events:
-                yield None
-                continue
-            self._begun = True
-            self._measure(events)
-            deltas, stopped = self._feed(events)
-            for index in stopped:
-                self.handle.cancel(index)
-            yield deltas
+            self.look_around()
+            events = self.handle.events(self.patience())
+            yield self.advance(events) if events else None
+
+    def advance(self, events: Sequence[EngineEvent]) -> list[Delta]:
+        """What these events bring. Raises ServerError when the engines gave up."""
+        self._begun = True
+        self._measure(events)
+        deltas, stopped = self._feed(events)
+        for index in stopped:
+            self.handle.cancel(index)
+        return deltas
 
     def _feed(self, events: Sequence[EngineEvent]) -> tuple[list[Delta], list[int]]:
         try:
@@ -83,8 +85,10 @@ class Exchange:
             self._is_served = False
             raise
 
-    def _patience(self) -> float:
-        """Seconds to wait for the first event, up to `POLL_S`. Raises Unavailable."""
+    def patience(self) -> float:
+        """Seconds to wait for events, up to `POLL_S`. Raises Unavailable when none ever came."""
+        if self._begun:
+            return POLL_S
         left = self._started + self._queue_timeout_s - time.monotonic()
         if left <= 0:
             self._is_served = False
@@ -95,8 +99,9 @@ class Exchange:
             )
         return min(POLL_S, left)
 
-    def _look_around(self) -> None:
-        """Each second, not each token: with hundreds of threads a system call costs a turn."""
+    def look_around(self) -> None:
+        """Each second, not each token: with hundreds of threads a system call costs a turn.
+        Raises ClientGone, Unavailable."""
         now = time.monotonic()
         if now < self._look_at:
             return

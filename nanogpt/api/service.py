@@ -5,14 +5,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Protocol
 
 from nanogpt.api import client_socket, docs_page, errors, openapi
 from nanogpt.api.admission import Admission
 from nanogpt.api.answer import EVENT_STREAM, Answer
 from nanogpt.api.assemble import Assembler
-from nanogpt.api.backend import Cluster
+from nanogpt.api.backend import Cluster, LiveHandle
 from nanogpt.api.caller import Caller
+from nanogpt.api.client_socket import Peer
 from nanogpt.api.decode import check_content_type, decode
 from nanogpt.api.errors import ClientGone
 from nanogpt.api.exchange import Exchange
@@ -35,6 +36,7 @@ from nanogpt.api.plan import (
 )
 from nanogpt.api.protocol import CompletionRequest, DetokenizeRequest, TokenizeRequest
 from nanogpt.api.response import PING, Collected, Stream, encode, event, ranks_header
+from nanogpt.api.stream_writer import StreamWriter
 from nanogpt.api.tokens import token_text, tokenizer_info
 from nanogpt.config import HttpConfig
 from nanogpt.errors import ApiError, InvalidRequest, Unavailable
@@ -111,28 +113,28 @@ class Service:
     # POST /v1/completions
 
     def complete(
-        self, caller: Caller, request: CompletionRequest, socket: Any, started: float
+        self, caller: Caller, request: CompletionRequest, peer: Peer | None, started: float
     ) -> Answer:
-        """`socket`: the client's, when the server shows it; `started`: time.monotonic()."""
+        """`peer`: the client, when the server shows it; `started`: time.monotonic()."""
         if request.background:
             raise InvalidRequest(
                 "background is not available: this server keeps no jobs; leave it out",
                 param="background",
             )
-        exchange = self._begin(caller, request, socket, started)
+        exchange, handle = self._begin(caller, request, peer, started)
         if not exchange.plan.completion.stream:
             return self._whole(exchange)
         shown = ranks_header(exchange.handle.owners, range(len(exchange.handle.owners)))
         return Answer(
-            _stream(exchange),
+            _stream(exchange, self._pieces(exchange, handle, peer)),
             content_type=EVENT_STREAM,
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **_ranks(shown)},
             exchange=exchange,
         )
 
     def _begin(
-        self, caller: Caller, request: CompletionRequest, socket: Any, started: float
-    ) -> Exchange:
+        self, caller: Caller, request: CompletionRequest, peer: Peer | None, started: float
+    ) -> tuple[Exchange, LiveHandle]:
         """From cheap to dear, so that whoever is turned away costs little."""
         models = self._cluster.models()
         name = real_name(models, request.model, self._cards)
@@ -164,17 +166,36 @@ class Service:
             self.places.give_back()
             ticket.settle(prompt_tokens, completion_tokens)
 
-        return Exchange(
+        exchange = Exchange(
             plan,
             handle,
             assembler,
             self.metrics,
             started=started,
-            is_client_gone=client_socket.watch(socket),
+            is_client_gone=client_socket.watch(peer),
             must_end=must_end,
             on_close=on_close,
             queue_timeout_s=self._settings.queue_timeout_s,
         )
+        return exchange, handle
+
+    def _pieces(self, exchange: Exchange, handle: LiveHandle, peer: Peer | None) -> Iterator[bytes]:
+        """The events that the caller has to send itself; none where the socket may be written to
+        by the thread that does so for all streams."""
+        stream = Stream(exchange.plan)
+        if peer is not None and peer.is_chunked:
+            self._writer.follow(exchange, handle, stream, peer.socket)
+            return
+        for deltas in exchange.deltas():
+            if deltas is None:
+                yield PING
+            elif deltas:
+                yield stream.chunks(deltas)
+        yield stream.end(exchange.assembler)
+
+    @functools.cached_property
+    def _writer(self) -> StreamWriter:
+        return StreamWriter()
 
     def _whole(self, exchange: Exchange) -> Answer:
         try:
@@ -282,19 +303,15 @@ def _model(info: ModelInfo) -> Model:
     )
 
 
-def _stream(exchange: Exchange) -> Iterator[bytes]:
+def _stream(exchange: Exchange, pieces: Iterator[bytes]) -> Iterator[bytes]:
     """The body of an event stream. After its first byte an error can only be an event."""
-    stream = Stream(exchange.plan)
     yield b""  # has the headers sent at once
     try:
-        for deltas in exchange.deltas():
-            if deltas is None:
-                yield PING
-            elif deltas:
-                yield stream.chunks(deltas)
-        yield stream.end(exchange.assembler)
+        yield from pieces
     except ClientGone:
         return
+    except (BlockingIOError, ConnectionError):  # nothing more can be told on this connection
+        raise
     except ApiError as error:
         yield event(error.body())
     except Exception as error:

@@ -20,6 +20,7 @@ from nanogpt.engine.model_runner import ModelRunner
 from nanogpt.engine.sampler import Sampler
 from nanogpt.engine.setup import choose_device, choose_dtype
 from nanogpt.errors import ConfigError
+from nanogpt.model.dtypes import DTYPES
 from nanogpt.model.load import load_model
 from nanogpt.registry import sources
 from nanogpt.request import GenerateRequest, RequestFailed, TokenEvent
@@ -64,9 +65,11 @@ class Bench:
     ) -> None:
         """Without contexts or lengths: parts of the model's context. Raises StartupError."""
         self.device = choose_device(config, ALONE)
-        dtype = choose_dtype(config, self.device)
         ((name, source),) = sources(config.models)
-        loaded = load_model(source, name, dtype=dtype, device=self.device)
+        loaded = load_model(
+            source, name, dtype=choose_dtype(config, self.device), device=self.device
+        )
+        dtype = DTYPES[loaded.info.dtype]
         self.shape = Shape.of(loaded.model.config, loaded.info.num_parameters, dtype.itemsize)
         self.info = loaded.info
         whole = self.info.context_length

@@ -1,6 +1,7 @@
 """An accepted request as the front end follows it."""
 
 import queue
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ class RequestHandle:
         self.request = request
         self.placement = placement  # where the load of its choices is counted
         self._cancel = cancel
+        self._hand_over = threading.Lock()
+        self._sink: Callable[[list[EngineEvent]], None] | None = None
         self._queue: queue.SimpleQueue[list[EngineEvent]] = queue.SimpleQueue()
         self._generated = [list(tokens) for tokens in request.resumed] or [[] for _ in range(count)]
         self._scored = [0] * len(request.prompts)  # prompt log probabilities seen
@@ -64,6 +67,14 @@ class RequestHandle:
         except queue.Empty:
             pass  # timeout 0 or nothing came: an empty list says so
         return events
+
+    def send_to(self, sink: Callable[[list[EngineEvent]], None]) -> None:
+        """From now on events go there, in the I/O thread, instead of to `events`; those that wait
+        go first, in this thread. `sink` must not wait for anything."""
+        with self._hand_over:
+            if waiting := self.events(0):
+                sink(waiting)
+            self._sink = sink
 
     def cancel(self, index: int | None = None) -> None:
         """Stop one choice, or all: no more events of it are needed. May be called again."""
@@ -108,7 +119,11 @@ class RequestHandle:
         )
 
     def deliver(self, events: list[EngineEvent]) -> None:
-        self._queue.put(events)
+        with self._hand_over:
+            if self._sink is None:
+                self._queue.put(events)
+            else:
+                self._sink(events)
 
     def fail(self, message: str) -> Sequence[int]:
         """End the request as ours to answer for. Returns the choices that were still open."""
