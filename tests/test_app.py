@@ -444,7 +444,7 @@ def app():
 
 log.set_up("info", "front end")
 listener.RECEIVE_TIMEOUT_S, listener.SEND_TIMEOUT_S = 0.5, 1.0
-server.REQUEST_S, server.LINGER_S = 1.5, 60.0
+server.REQUEST_S, server.PATIENCE_S, server.LINGER_S = float(sys.argv[4]), 0.3, 60.0
 socket = listener.listen("127.0.0.1", 0)
 print(socket.getsockname()[1], flush=True)
 server.serve(socket, app, settings)
@@ -501,8 +501,8 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(delay_s=0.0, drain_s=5.0, words=10):
-    server = Running(delay_s, drain_s, words)
+def running(delay_s=0.0, drain_s=5.0, words=10, request_s=1.5):
+    server = Running(delay_s, drain_s, words, request_s)
     try:
         yield server
     finally:
@@ -611,6 +611,33 @@ def test_a_request_that_trickles_in_is_not_waited_for(server):
                         break
                 else:
                     pytest.fail("it was waited for")
+
+
+def test_slow_clients_give_their_threads_to_others():
+    """As many clients as there are threads, each with a byte of its request now and then, and
+    nobody else was answered."""
+    with running(request_s=600.0) as server, contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", server.port)
+        slow = [stack.enter_context(socket.create_connection(address)) for _ in range(8)]
+        for number, connection in enumerate(slow):
+            connection.sendall(b"GET /health HTTP/1.1\r\n" if number % 2 else CHUNKED)
+        ended = threading.Event()
+
+        def trickle():
+            while not ended.wait(0.1):
+                for number, connection in enumerate(slow):
+                    with contextlib.suppress(OSError):
+                        connection.sendall(b"X: 1\r\n" if number % 2 else b"1\r\n \r\n")
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        try:
+            answer = server.talk(b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n")
+        finally:
+            ended.set()
+            thread.join()
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert "slow clients" in server.wait_for("others need a thread")
 
 
 def test_whoever_keeps_its_end_open_keeps_nobody_waiting(server):

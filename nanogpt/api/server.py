@@ -49,6 +49,7 @@ SWITCH_INTERVAL_S = 0.02
 GRACE_S = 3.0  # beyond drain_s, for the last answers to go out; the launcher waits 5
 SPARE_FILES = 512  # for all that is not a connection
 REQUEST_S = 60.0  # for a whole request to arrive, however steadily its bytes trickle in
+PATIENCE_S = 2.0  # with a request that has not arrived, when others wait for its thread
 LINGER_S = 2.0  # for a client to read the last answer before its connection is closed
 LINGER_BYTES = 65536
 
@@ -72,11 +73,16 @@ class _Connection(socket.socket):
     """Receives until a given time: a timeout of each `recv` alone never ends a slow drip."""
 
     receive_until = math.inf  # time.monotonic()
+    is_receiving = False  # a thread waits for the client's bytes
 
     def recv(self, size: int, flags: int = 0, /) -> bytes:
         if time.monotonic() > self.receive_until:
             raise BlockingIOError("the request did not arrive in time")
-        return super().recv(size, flags)
+        self.is_receiving = True
+        try:
+            return super().recv(size, flags)
+        finally:
+            self.is_receiving = False
 
     def linger(self) -> None:
         """Say that no more will come, and let the other side close first: closing with unread
@@ -96,20 +102,51 @@ class _Connection(socket.socket):
 class Worker(ThreadWorker):
     """Drains on SIGTERM, and answers in JSON when a request is not even HTTP."""
 
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        # Connections that wait for a thread, and those that have one: since when.
+        self._queued: set[TConn] = set()
+        self._handled: dict[TConn, float] = {}
+
     def enqueue_req(self, conn: TConn) -> None:
         if not isinstance(conn.sock, _Connection):
             conn.sock = _Connection(fileno=conn.sock.detach())
+        self._queued.add(conn)
         super().enqueue_req(conn)
+
+    def murder_pending(self) -> None:
+        """gunicorn's main thread calls this after each event, and every second."""
+        super().murder_pending()
+        if self._queued:
+            self._make_room(len(self._queued))
+
+    def _make_room(self, wanted: int) -> None:
+        """A few hundred clients that send a byte now and then had all threads, and /health failed:
+        those that keep theirs waiting longest go when others need one.
+        """
+        before = time.monotonic() - PATIENCE_S
+        slow = [c for c, since in list(self._handled.items()) if since < before]
+        idle = [conn for conn in slow if conn.sock.is_receiving][:wanted]
+        for conn in idle:
+            with contextlib.suppress(OSError):  # it may have ended by itself
+                conn.sock.shutdown(socket.SHUT_RDWR)
+        if idle:
+            log.warning("closed %d connections of slow clients: others need a thread", len(idle))
 
     def handle(self, conn: TConn) -> Any:
         """One request. Lingering is done here: gunicorn's main thread would accept nobody else
         for two seconds, for each client that leaves its end open.
         """
-        conn.sock.receive_until = time.monotonic() + REQUEST_S
-        kept = super().handle(conn)
-        if kept is False:
-            conn.sock.linger()
-        return kept
+        self._queued.discard(conn)
+        self._handled[conn] = now = time.monotonic()
+        conn.sock.receive_until = now + REQUEST_S
+        try:
+            kept = super().handle(conn)
+            if kept is False:
+                conn.sock.linger()
+            return kept
+        finally:
+            del self._handled[conn]
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         if self.alive and self.app.service is not None:
