@@ -44,7 +44,8 @@ def test_long_prompts_are_computed_in_chunks_within_the_budget() -> None:
     )
     sizes = [sum(c.end - c.start for c in batch.chunks) for batch in engine._runner.batches]
     assert max(sizes) == 16
-    assert sizes[:5] == [16] * 5  # 90 tokens of prompt, mixed where one ends
+    assert sizes[:4] == [16] * 4  # mixed where one prompt ends
+    assert sizes[4:7] == [1 + 8] * 3  # a prompt beside a decode: half of the budget
     assert len(result.tokens["a", 0]) == 14, "the context ends the choice"
 
 
@@ -53,7 +54,8 @@ def test_decode_goes_on_while_a_long_prompt_is_computed() -> None:
     engine.add(request("first", [1, 2], max_tokens=20))
     collector.take(engine.step())
     engine.add(request("long", prompt_of(60), max_tokens=1))
-    for done in range(2, 6):
+    for done in range(2, 10):
+        assert ("long", 0) not in collector.finish_reasons
         collector.take(engine.step())
         assert len(collector.tokens["first", 0]) == done
     assert ("long", 0) in collector.finish_reasons

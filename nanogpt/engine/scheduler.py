@@ -1,7 +1,8 @@
 """What the next step computes: continuous batching over a pool of KV blocks.
 
 Each step has a budget of tokens. Running sequences that need one token (decode) come first, so
-that nobody's stream stalls; prompts fill the rest in chunks; then waiting sequences are admitted
+that nobody's stream stalls. Prompts fill the rest in chunks, but no more than half of the budget
+beside decodes, whose next tokens wait for the end of the step. Then waiting sequences are admitted
 while blocks last, the least served tenant's first (see fairness.py). Admission is optimistic: it
 counts the blocks of the tokens that exist, not of those to come. When a decoding sequence finds no
 free block, the last in order gives up its blocks and is recomputed later, be it the finder itself.
@@ -119,6 +120,8 @@ class Scheduler:
         for seq in tuple(self._order):
             if seq.running and seq.remaining == 1 and self._ensure_slot(seq, batch):
                 self._place(seq, batch)
+        if batch.chunks:
+            batch.budget = self._prompt_budget(len(batch.chunks))
         for seq in self._order:
             if seq.remaining > 1 and batch.budget:
                 self._place(seq, batch)
@@ -141,7 +144,11 @@ class Scheduler:
                 self._register(chunk.seq, start, end)
         for flow, count in self._charges:
             flow.charge(count)
-        return Batch([*chunks], budget=self.max_batch_tokens - len(chunks), follows=True)
+        return Batch([*chunks], budget=self._prompt_budget(len(chunks)), follows=True)
+
+    def _prompt_budget(self, num_decodes: int) -> int:
+        """Tokens of prompts in a step that also decodes."""
+        return min(self.max_batch_tokens - num_decodes, (self.max_batch_tokens + 1) // 2)
 
     def _remember(self, batch: Batch) -> None:
         self._last = None
