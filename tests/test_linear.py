@@ -1,32 +1,26 @@
-"""Linear layers on our kernels, and whole networks on them: bit for bit in any batch."""
+"""Linear layers and norms on our kernels: agreeing with torch, and bit for bit in any batch."""
 
 import math
-import random
 import weakref
 from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanogpt.engine.attention import AttentionMetadata, PagedAttend, Span, allocate_kv_cache
 from nanogpt.engine.cpu import linear as linear_module
 from nanogpt.engine.cpu.library import load_kernels
-from nanogpt.engine.cpu.linear import GELU, PackedLinear, pack_model
+from nanogpt.engine.cpu.linear import GELU, PackedLinear, PackedNorm, pack_model
 from nanogpt.engine.cpu.onednn import OneDNNLinear, has_products
-from nanogpt.model.gpt import GPT, CausalAttend, GPTConfig
+from nanogpt.model.gpt import CausalAttend
+from tests.small_gpt import small_gpt
 
 needs_kernels = pytest.mark.skipif(not load_kernels(), reason="the C++ kernels are not built")
 needs_onednn = pytest.mark.skipif(
     not has_products(torch.float32), reason="this CPU has no packed products"
 )
-BLOCK = 16
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Of final hidden states: keys and values are rounded to the type of the weights.
-KV_TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 # Of our own models, one with neither side a multiple of anything, and GPT-2's from small to xl.
 SHAPES = [(384, 1152), (1536, 384), (97, 65), (768, 2304)]
 GPT2_SHAPES = [
@@ -41,26 +35,6 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-def small_gpt(
-    dtype: torch.dtype = torch.float32, activation: str = "gelu", bias: bool = True
-) -> GPT:
-    torch.manual_seed(0)
-    config = GPTConfig(
-        block_size=128,
-        vocab_size=65,
-        n_layer=3,
-        n_head=4,
-        n_embd=128,
-        bias=bias,
-        activation=activation,  # type: ignore[arg-type]
-    )
-    model = GPT(config)
-    model.init_weights()
-    for param in model.parameters():
-        param.data += 0.05 * torch.randn_like(param)
-    return model.to(dtype).eval()
 
 
 def random_linear(inputs: int, outputs: int, dtype: torch.dtype, bias: bool = True) -> nn.Linear:
@@ -114,7 +88,7 @@ def test_gelu_is_right_to_the_last_bits(approximate: str) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dtype", [*TYPES, torch.int8])
 @pytest.mark.parametrize(
     ("inputs", "outputs"),
     [*SHAPES, *(pytest.param(*shape, marks=pytest.mark.large) for shape in GPT2_SHAPES)],
@@ -123,7 +97,9 @@ def test_gelu_is_right_to_the_last_bits(approximate: str) -> None:
 def test_a_row_is_the_same_to_the_bit_among_any_others(
     inputs: int, outputs: int, dtype: torch.dtype, threads: None
 ) -> None:
-    linear = PackedLinear(random_linear(inputs, outputs, dtype), "tanh")
+    int8 = dtype == torch.int8
+    layer = random_linear(inputs, outputs, torch.float32 if int8 else dtype)
+    linear = PackedLinear(layer, "tanh", int8=int8)
     x = torch.randn(300, inputs)
     expected = linear(x)
     for count in (1, 2):
@@ -132,6 +108,25 @@ def test_a_row_is_the_same_to_the_bit_among_any_others(
             first = (7 * rows) % (301 - rows)
             ours = linear(x[first : first + rows])
             assert torch.equal(ours, expected[first : first + rows]), (count, rows)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", [1, 15, 16, 50, 384, 768])
+@torch.inference_mode()
+def test_norms(size: int, bias: bool, threads: None) -> None:
+    norm = nn.LayerNorm(size, bias=bias)
+    for param in norm.parameters():
+        param += torch.randn_like(param)
+    x = 3 * torch.randn(90, size) + 1
+    expected = norm.double()(x.double())
+    packed = PackedNorm(norm.float())
+    ours = packed(x)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        for rows in (1, 2, 7, 64):
+            assert torch.equal(packed(x[5 : 5 + rows]), ours[5 : 5 + rows])
 
 
 @needs_kernels
@@ -148,13 +143,13 @@ def test_the_residual_is_added_and_may_be_the_result() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"x": torch.zeros(3, 95)}, "x must be"),
+        ({"x": torch.zeros(3, 95)}, "is not of 95 inputs"),
         ({"x": torch.zeros(3, 96).half()}, "x must be"),
-        ({"outputs": 97}, "don't fill"),
-        ({"bias": torch.zeros(64)}, "bias and residual"),
-        ({"residual": torch.zeros(3, 64)}, "bias and residual"),
-        ({"packed": torch.zeros(3, 96, 32, 2)}, "x must be"),
-        ({"packed": torch.zeros(3, 48, 32, 2)}, "in groups of 2"),
+        ({"outputs": 97}, "97 outputs"),
+        ({"bias": torch.zeros(64)}, "a bias must be"),
+        ({"bias": torch.zeros(65).half()}, "expected scalar type Float"),
+        ({"residual": torch.zeros(3, 64)}, "a residual must be"),
+        ({"packed": torch.zeros(3, 96, 32, 2)}, "is not of 96 inputs"),
         ({"packed": torch.zeros(3, 96, 32, 1).long()}, "no products for"),
     ],
 )
@@ -170,6 +165,32 @@ def test_what_does_not_fit_is_refused(change: dict[str, object], words: str) -> 
     torch.ops.nanogpt_cpu.linear(**good)
     with pytest.raises(RuntimeError, match=words):
         torch.ops.nanogpt_cpu.linear(**(good | change))
+
+
+def int8_reference(linear: nn.Linear, x: Tensor) -> Tensor:
+    """The product in whole numbers, from the definition, then float32."""
+
+    def quantized(a: Tensor) -> tuple[Tensor, Tensor]:
+        top = a.abs().amax(1, keepdim=True)
+        inverse = torch.where(top > 0, torch.full_like(top, 127) / top, torch.zeros_like(top))
+        return (a * inverse).round().double(), top / 127
+
+    (q, scale), (w, w_scale) = quantized(x), quantized(linear.weight.float())
+    y = (q @ w.T).float() * (w_scale.T * scale)  # sums below 2**53 are exact
+    return y if linear.bias is None else y + linear.bias.float()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (7, 33), (97, 65), (768, 96), (3072, 64)])
+@torch.inference_mode()
+def test_int8_is_exact_to_the_bit(inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    linear = random_linear(inputs, outputs, dtype)
+    x = torch.randn(40, inputs) * torch.logspace(-6, 6, 40)[:, None]
+    x[3] = 0
+    x[5] = x[5].abs().amax() * torch.randn(inputs).sign()  # the largest sums that there can be
+    linear.weight[0] = linear.weight[0].sign()
+    assert torch.equal(PackedLinear(linear, int8=True)(x), int8_reference(linear, x))
 
 
 @needs_kernels
@@ -244,53 +265,3 @@ def test_without_packed_products_torch_multiplies(
     assert isinstance(model.lm_head, nn.Linear)
     assert model(torch.zeros(1, 1, dtype=torch.long), CausalAttend()).dtype == torch.float32
     assert "no packed products" in caplog.text
-
-
-def hidden_in_chunks(model: GPT, texts: list[Tensor], rng: random.Random) -> list[Tensor]:
-    """Final hidden states of each text, in chunks of random sizes that run in random company."""
-    cache = allocate_kv_cache(model.config, 64, BLOCK, model.wte.weight.dtype)
-    blocks = rng.sample(range(64), 64)
-    tables = [[blocks.pop() for _ in range(-(-len(text) // BLOCK))] for text in texts]
-    done, parts = [0] * len(texts), [[] for _ in texts]  # type: ignore[var-annotated]
-    while waiting := [i for i, text in enumerate(texts) if done[i] < len(text)]:
-        chosen = rng.sample(waiting, rng.randint(1, len(waiting)))
-        sizes = [
-            min(rng.choice([1, 1, rng.randint(1, 90)]), len(texts[i]) - done[i]) for i in chosen
-        ]
-        runs = list(zip(chosen, sizes, strict=True))
-        spans = [Span(done[i], done[i] + size, tables[i]) for i, size in runs]
-        metadata = AttentionMetadata.build(spans, BLOCK)
-        ids = torch.cat([texts[i][done[i] : done[i] + size] for i, size in runs])
-        hidden = model.hidden(ids, metadata.positions, PagedAttend(cache, metadata))
-        for (i, size), part in zip(runs, hidden.split(sizes), strict=True):
-            parts[i].append(part)
-            done[i] += size
-    return [torch.cat(part) for part in parts]
-
-
-@needs_kernels
-@pytest.mark.parametrize("dtype", TYPES)
-@settings(max_examples=20, deadline=None)
-@given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=5), seed=st.integers(0, 99))
-@torch.inference_mode()
-def test_a_network_is_the_same_to_the_bit_in_any_chunks(
-    dtype: torch.dtype, lengths: list[int], seed: int
-) -> None:
-    rng = random.Random(seed)
-    model = small_gpt(dtype)
-    texts = [torch.randint(65, (length,)) for length in lengths]
-    model.float()
-    reference = [model.hidden(t, torch.arange(len(t)), CausalAttend()) for t in texts]
-    model.to(dtype)
-    pack_model(model)
-    first = hidden_in_chunks(model, texts, rng)
-    second = hidden_in_chunks(model, texts, rng)
-    alone = [hidden_in_chunks(model, [text], rng)[0] for text in texts]
-    logits = [model.lm_head(rows) for rows in first]
-    tolerance = KV_TOLERANCE[dtype]
-    for i in range(len(texts)):
-        torch.testing.assert_close(first[i], reference[i], rtol=tolerance, atol=tolerance)
-        assert torch.equal(first[i], second[i])
-        assert torch.equal(first[i], alone[i])
-        for row in range(len(texts[i])):
-            assert torch.equal(model.lm_head(first[i][row : row + 1])[0], logits[i][row])

@@ -54,7 +54,7 @@ struct Step {
 };
 
 // Greedy: a row joins while it brings more shared reading than it takes from those before it.
-std::vector<Group> group_rows(const Step& step, int max_rows) {
+inline std::vector<Group> group_rows(const Step& step, int max_rows) {
   std::vector<Group> groups;
   for (int row = 0; row < step.rows; row++) {
     const int keys = step.keys_of(row);
@@ -199,32 +199,47 @@ void share_out(int64_t count, const Make& make, const F& f) {
   });
 }
 
-template <typename A, typename T>
-void run(const Layer<A, T>& layer, const Step& step) {
-  constexpr int kChunk = 64;
-  const int chunks = (step.rows + kChunk - 1) / kChunk;
-  share_out(
-      int64_t{chunks} * layer.n_head, [] { return 0; },
-      [&](int64_t unit, int) {
-        const int begin = static_cast<int>(unit % chunks) * kChunk;
-        write(layer, step, static_cast<int>(unit / chunks), begin,
-              std::min(step.rows, begin + kChunk));
-      });
-
-  int max_rows = kMaxRows;
-  while (max_rows > 1 && step.rows / max_rows * layer.n_head < at::get_num_threads()) max_rows /= 2;
-  const std::vector<Group> groups = group_rows(step, max_rows);
+// How a step's rows are shared out, the same for every layer.
+struct Plan {
+  std::vector<Group> groups;
   int max_tiles = 0;
-  for (const Group& g : groups) max_tiles = std::max(max_tiles, tiles_for(g.most_keys));
-  const int64_t count = static_cast<int64_t>(groups.size());
+  bool decode;  // one row of each sequence: no row reads what another one writes
+
+  Plan(const Step& step, int64_t n_head) {
+    int max_rows = kMaxRows;
+    while (max_rows > 1 && step.rows / max_rows * n_head < at::get_num_threads()) max_rows /= 2;
+    groups = group_rows(step, max_rows);
+    for (const Group& g : groups) max_tiles = std::max(max_tiles, tiles_for(g.most_keys));
+    decode = true;
+    for (int row = 1; row < step.rows; row++)
+      if (step.sequence_of[row] <= step.sequence_of[row - 1]) decode = false;
+  }
+};
+
+template <typename A, typename T>
+void run(const Layer<A, T>& layer, const Step& step, const Plan& plan) {
+  if (!plan.decode) {
+    constexpr int kChunk = 64;
+    const int chunks = (step.rows + kChunk - 1) / kChunk;
+    share_out(
+        int64_t{chunks} * layer.n_head, [] { return 0; },
+        [&](int64_t unit, int) {
+          const int begin = static_cast<int>(unit % chunks) * kChunk;
+          write(layer, step, static_cast<int>(unit / chunks), begin,
+                std::min(step.rows, begin + kChunk));
+        });
+  }
+  const int64_t count = static_cast<int64_t>(plan.groups.size());
   // All groups of a head in turn, since neighbours may read the same keys; of a prompt the last
   // rows first, since they take longest.
   share_out(
       count * layer.n_head,
-      [&] { return Scratch<T>(layer.padded, max_tiles); },
+      [&] { return Scratch<T>(layer.padded, plan.max_tiles); },
       [&](int64_t unit, Scratch<T>& scratch) {
-        const Group& g = groups[count - 1 - unit % count];
-        attend(layer, step, g, static_cast<int>(unit / count), scratch);
+        const Group& g = plan.groups[count - 1 - unit % count];
+        const int head = static_cast<int>(unit / count);
+        if (plan.decode) write(layer, step, head, g.first, g.first + g.rows);
+        attend(layer, step, g, head, scratch);
       });
 }
 

@@ -7,6 +7,7 @@ answer is the same to the bit whatever other rows there are.
 
 import logging
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,12 @@ from torch.nn import functional as F
 
 from nanogpt.engine.cpu import onednn
 from nanogpt.engine.cpu.library import load_kernels
-from nanogpt.model.gpt import GPT, MLP
+from nanogpt.engine.cpu.network import FusedHidden
+from nanogpt.model.gpt import GPT
 
 log = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=nn.Module)
 
 GELU = {None: 0, "none": 1, "tanh": 2}  # enum class Gelu of gelu.h
 
@@ -24,16 +28,22 @@ GELU = {None: 0, "none": 1, "tanh": 2}  # enum class Gelu of gelu.h
 class PackedLinear(nn.Module):
     """y = x W^T + b of an nn.Linear, then GELU if asked: (..., in) to (..., out), float32.
 
-    The weights keep the type of `linear`: float32, bfloat16 or float16. `gelu` is the `approximate`
-    of nn.GELU ("none" or "tanh"); None means no activation. Inference only.
+    The weights keep the type of `linear`: float32, bfloat16 or float16; or they, and each row of x
+    as it comes, are rounded to 8 bits with a scale of their own. `gelu` is the `approximate` of
+    nn.GELU ("none" or "tanh"); None means no activation. Inference only.
     """
 
-    def __init__(self, linear: nn.Linear, gelu: str | None = None) -> None:
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear, gelu: str | None = None, *, int8: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._weight = torch.ops.nanogpt_cpu.pack_weight(linear.weight.detach().contiguous())
-        self._bias = None if linear.bias is None else linear.bias.detach().float()
-        self._gelu = GELU[gelu]
+        ops = torch.ops.nanogpt_cpu
+        pack = ops.pack_weight_int8 if int8 else ops.pack_weight
+        self.weight = pack(linear.weight.detach().contiguous())
+        self.bias = None if linear.bias is None else linear.bias.detach().float()
+        self.gelu = GELU[gelu]
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -41,9 +51,26 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
         y = torch.ops.nanogpt_cpu.linear(
-            flat, self._weight, self._bias, self.out_features, self._gelu, None
+            flat, self.weight, self.bias, self.out_features, self.gelu, None
         )
         return y.view(*x.shape[:-1], self.out_features)
+
+
+class PackedNorm(nn.Module):
+    """An nn.LayerNorm over the last dimension, in float32: (..., C) to (..., C)."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight = norm.weight.detach().float()
+        self.bias = None if norm.bias is None else norm.bias.detach().float()
+        self.eps = norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.size(-1)).contiguous()
+        return torch.ops.nanogpt_cpu.layer_norm(flat, self.weight, self.bias, self.eps).view_as(x)
 
 
 class WideEmbedding(nn.Module):
@@ -75,43 +102,46 @@ def best_dtype(stored: torch.dtype) -> torch.dtype:
 
 
 @torch.inference_mode()
-def pack_model(model: GPT) -> None:
-    """Replace every nn.Linear of a loaded model by its packed form, in place; GELU joins c_fc.
+def pack_model(model: GPT, *, int8: bool = False) -> None:
+    """Make a loaded model fast, in place: packed products, float32 in between; GELU joins c_fc.
 
     The unpacked weights are dropped one by one, so memory does not double; of a tied head the
     embedding keeps its own copy. Without our kernels the weights become float32, for oneDNN;
-    without that too the model multiplies as torch does, and the log says so.
+    without that too the model multiplies as torch does, and the log says so. `int8` asks for
+    weights and rows of eight bits in every product, which needs our kernels.
     """
-    dtype = model.wte.weight.dtype
-    native = multiplies_natively(dtype)
+    native = multiplies_natively(model.wte.weight.dtype) and not int8
     if not native:
-        _widen(model)
+        _replace(model, nn.Embedding, lambda table, _: WideEmbedding(table))
     if not native and load_kernels():
-        _replace(model, PackedLinear)
+        _replace(model, nn.LayerNorm, lambda norm, _: PackedNorm(norm))
+        _replace(model, nn.Linear, lambda linear, gelu: PackedLinear(linear, gelu, int8=int8))
+        _fuse(model)
     elif native or onednn.has_products(torch.float32):
-        _replace(model, onednn.OneDNNLinear)
+        _replace(model, nn.LayerNorm, lambda norm, _: norm if native else norm.float())
+        _replace(model, nn.Linear, onednn.OneDNNLinear)
         onednn.warn_of_dependence(model.h[0])
     else:
         model.float()
         log.warning("no packed products on this CPU: slower, and not bitwise stable")
 
 
-def _widen(model: GPT) -> None:
-    """Make everything but the products compute in float32."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.LayerNorm):
-                child.float()
-            elif isinstance(child, nn.Embedding):
-                module.register_module(name, WideEmbedding(child))
+def _fuse(model: GPT) -> None:
+    """Let `model.hidden` run in one call."""
+    # In the order in which they are applied, as the network defines them; the head comes last.
+    parts = [m for m in model.modules() if isinstance(m, PackedLinear | PackedNorm)]
+    assert parts.pop() is model.lm_head
+    gelu = max(part.gelu for part in parts if isinstance(part, PackedLinear))
+    fused = FusedHidden(model, [(part.weight, part.bias) for part in parts], gelu)
+    model.hidden = fused  # type: ignore[method-assign]
 
 
-def _replace(model: GPT, packed: Callable[[nn.Linear, str | None], nn.Module]) -> None:
+def _replace(model: GPT, kind: type[M], make: Callable[[M, str | None], nn.Module]) -> None:
+    """Put make(child, the GELU that follows it) in the place of each child of this kind."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                gelu = module.act.approximate if isinstance(module, MLP) else None
-                module.register_module(name, packed(child, gelu if name == "c_fc" else None))
-    for module in model.modules():
-        if isinstance(module, MLP):
-            module.register_module("act", nn.Identity())
+            if isinstance(child, kind):
+                gelu = None
+                if name == "c_fc" and isinstance(module.act, nn.GELU):
+                    gelu, module.act = module.act.approximate, nn.Identity()
+                module.register_module(name, make(child, gelu))
