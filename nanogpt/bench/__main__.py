@@ -4,17 +4,18 @@ serve     load over HTTP on any OpenAI-compatible server: latencies, throughput,
   compare   servers, or commits of this repository, side by side, taking turns: ratios
   engine    our engine without HTTP: prefill and decode sweeps, share of the roofline
   frontend  our front end with a generator of tokens in place of engines: what it carries
+  scaling   tokens a second by choices of a request and by ranks
 """
 
 import sys
 from collections.abc import Sequence
 
-from nanogpt.bench import compare, engine, frontend, serve
+from nanogpt.bench import compare, engine, frontend, scaling, serve
 from nanogpt.bench.options import Parser
 from nanogpt.config import nearest
 from nanogpt.errors import ConfigError, StartupError
 
-COMMANDS = (serve, compare, engine, frontend)
+COMMANDS = (serve, compare, engine, frontend, scaling)
 
 
 def parser() -> Parser:
