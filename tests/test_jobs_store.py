@@ -444,7 +444,7 @@ def test_any_interleaving(name):
 
 
 def test_sqlite_belongs_to_one_process(tmp_path, monkeypatch):
-    monkeypatch.setattr("nanogpt.jobs.sqlite.LOCK_WAIT_S", 0.1)
+    monkeypatch.setattr("nanogpt.jobs.database.LOCK_WAIT_S", 0.1)
     store = sqlite_stores(tmp_path, Clock())()
     with pytest.raises(StartupError, match="another server keeps its jobs in"):
         sqlite_stores(tmp_path, Clock())()
@@ -470,7 +470,7 @@ def test_sqlite_on_a_full_disk_says_so_and_goes_on_when_there_is_room(tmp_path):
     store = sqlite_stores(tmp_path, Clock())()
     store.put(job("before"))
     fence = claim(store).fence
-    (pages,) = store._db.execute("PRAGMA page_count").fetchone()
+    ((pages,),) = store._db.execute("PRAGMA page_count")
     store._db.execute(f"PRAGMA max_page_count = {pages}")  # what SQLite makes of ENOSPC, too
     with pytest.raises(StoreUnavailable, match="the disk is full"):
         store.put(job("big", request=bytes(10**6)))

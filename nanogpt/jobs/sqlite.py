@@ -1,41 +1,24 @@
-"""Jobs in one SQLite file, for one server.
+"""Jobs in one SQLite file, for one server: see database.py for how it is written.
 
-Writes are grouped: whoever gets the lock carries out, in one transaction, all that threads have
-asked for meanwhile. So hundreds of jobs share a disk flush (WAL with synchronous = FULL flushes at
-each commit, and what is committed survives a loss of power).
-
-The file belongs to one process at a time, by a lock that the kernel drops when that process ends,
-however it ends. So at opening every lease is a dead one's, and its job can be claimed at once.
+At opening every lease is a dead one's, since the file was its holder's alone: those jobs can be
+claimed at once.
 """
 
-import fcntl
-import os
+import contextlib
 import sqlite3
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import msgspec
 
-from nanogpt.errors import StartupError, Unavailable
-from nanogpt.jobs.store import (
-    ONCE_S,
-    Count,
-    Job,
-    Kind,
-    Lane,
-    Status,
-    StoreUnavailable,
-    Verdict,
-)
+from nanogpt.errors import Unavailable
+from nanogpt.jobs.database import Database
+from nanogpt.jobs.store import ONCE_S, Count, Job, Kind, Lane, Status, Verdict
 from nanogpt.jobs_config import JobsConfig
 
-VERSION = 1  # PRAGMA user_version of the tables below
-LOCK_WAIT_S = 5.0  # for the lock of a process that is just ending
+VERSION = 1  # of the tables below
 SWEEP_ROWS = 1000  # at once, so that others get a turn
 _TABLES = """
 CREATE TABLE jobs (
@@ -58,35 +41,6 @@ _FIELDS = tuple(field.name for field in msgspec.structs.fields(Job))
 _COLUMNS = ", ".join(_FIELDS)
 _OPEN = "status IN ('queued', 'in_progress')"
 
-T = TypeVar("T")
-
-
-class _Write(Generic[T]):
-    """One change that a thread waits for."""
-
-    def __init__(self, change: Callable[[sqlite3.Connection], T]) -> None:
-        self._change = change
-        self._value: T | None = None
-        self.error: Exception | None = None
-        self.done = False
-
-    def run(self, db: sqlite3.Connection) -> None:
-        """Raises sqlite3.Error when SQLite has rolled the whole transaction back."""
-        db.execute("SAVEPOINT one")
-        try:
-            self._value = self._change(db)
-        except Exception as error:
-            if not db.in_transaction:
-                raise
-            db.execute("ROLLBACK TO one")
-            self.error = error
-        db.execute("RELEASE one")
-
-    def value(self) -> T:
-        if self.error is not None:
-            raise self.error
-        return self._value  # type: ignore[return-value]
-
 
 def open_store(config: JobsConfig, directory: Path) -> "SqliteStore":
     """The store in this directory, which is made if need be. Raises StartupError."""
@@ -108,108 +62,11 @@ class SqliteStore:
         max_bytes: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._path = directory / "jobs.sqlite"
         self._max_queued, self._max_bytes, self._clock = max_queued, max_bytes, clock
-        self._writes: deque[_Write[Any]] = deque()
-        self._write_lock, self._read_lock = threading.Lock(), threading.Lock()
-        self._waiters: dict[str, set[threading.Event]] = {}  # of a job; of any job under ""
-        self._waiters_lock = threading.Lock()
-        self._touched: set[str] = set()  # jobs that the transaction has changed
-        self._lock_fd = _lock(directory)
-        try:
-            self._db, self._reader = self._open(), self._open()
-            # Those who held these leases are gone: the lock was theirs.
+        self._db = Database(directory, "jobs.sqlite", _TABLES, VERSION)
+        with contextlib.suppress(sqlite3.Error):  # on a full disk: they run out by themselves
             self._db.execute("UPDATE jobs SET lease_until = 0 WHERE status = 'in_progress'")
-        except (OSError, sqlite3.Error) as error:
-            os.close(self._lock_fd)
-            raise StartupError(f"can't keep jobs in {directory}: {error}") from error
-        except StartupError:
-            os.close(self._lock_fd)
-            raise
-
-    def _open(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
-        db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute("PRAGMA journal_size_limit = 67108864")
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version == 0 and not db.execute("SELECT 1 FROM sqlite_master").fetchone():
-            db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
-        elif version != VERSION:
-            raise StartupError(
-                f"{self._path} is not a job file of this version (it says {version}, "
-                f"expected {VERSION}); set jobs.path to another directory"
-            )
-        return db
-
-    def close(self) -> None:
-        with self._write_lock, self._read_lock:
-            self._db.close()
-            self._reader.close()
-            os.close(self._lock_fd)
-
-    # Transactions
-
-    def _write(self, change: Callable[[sqlite3.Connection], T]) -> T:
-        write = _Write(change)
-        self._writes.append(write)
-        with self._write_lock:
-            if not write.done:
-                self._commit_all()
-        return write.value()
-
-    def _commit_all(self) -> None:
-        group: list[_Write[Any]] = []
-        while self._writes:
-            group.append(self._writes.popleft())
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            for write in group:
-                write.run(self._db)
-            self._db.execute("COMMIT")
-        except Exception as error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            self._touched.clear()
-            for write in group:
-                write.error = error
-        for write in group:
-            if isinstance(write.error, sqlite3.Error):
-                write.error = _unavailable(write.error)
-            write.done = True
-        self._tell()
-
-    def _tell(self) -> None:
-        with self._waiters_lock:
-            for job_id in self._touched and {*self._touched, ""}:
-                for news in self._waiters.get(job_id, ()):
-                    news.set()
-        self._touched.clear()
-
-    @contextmanager
-    def _waiting(self, job_id: str) -> Iterator[threading.Event]:
-        """An event that is set when the job has changed; any job, for ""."""
-        news = threading.Event()
-        with self._waiters_lock:
-            self._waiters.setdefault(job_id, set()).add(news)
-        try:
-            yield news
-        finally:
-            with self._waiters_lock:
-                self._waiters[job_id].discard(news)
-                if not self._waiters[job_id]:
-                    del self._waiters[job_id]
-
-    @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._read_lock:
-            try:
-                yield self._reader
-            except sqlite3.Error as error:
-                raise _unavailable(error) from error
-
-    # Store
+        self.close = self._db.close
 
     def put(self, job: Job) -> Job:
         def change(db: sqlite3.Connection) -> Job:
@@ -224,10 +81,10 @@ class SqliteStore:
             names = ", ".join(values)
             marks = ", ".join(f":{name}" for name in values)
             db.execute(f"INSERT INTO jobs ({names}) VALUES ({marks})", values)
-            self._touched.add(job.id)
+            self._db.touch(job.id)
             return job
 
-        return self._write(change)
+        return self._db.write(change)
 
     def _check_room(self, db: sqlite3.Connection, job: Job) -> None:
         if not job.ended:
@@ -255,7 +112,7 @@ class SqliteStore:
 
     def claim(self, last: Lane, lease_s: float, timeout_s: float) -> Job | None:
         end = time.monotonic() + timeout_s
-        with self._waiting("") as news:
+        with self._db.waiting("") as news:
             while True:
                 news.clear()
                 if self._claimable(last) and (job := self._claim(last, lease_s)) is not None:
@@ -270,7 +127,7 @@ class SqliteStore:
     )
 
     def _claimable(self, last: Lane) -> bool:
-        with self._reading() as db:
+        with self._db.reading() as db:
             query = f"SELECT 1 FROM jobs {self._CLAIM}"
             return db.execute(query, (last, self._clock())).fetchone() is not None
 
@@ -285,10 +142,10 @@ class SqliteStore:
                 "started = coalesce(started, ?), lease_until = ? WHERE id = ?",
                 (now, now + lease_s, job.id),
             )
-            self._touched.add(job.id)
+            self._db.touch(job.id)
             return _one(db, "WHERE id = ?", job.id)
 
-        return self._write(change)
+        return self._db.write(change)
 
     def renew(self, held: Mapping[str, int], lease_s: float) -> dict[str, Verdict]:
         def change(db: sqlite3.Connection) -> dict[str, Verdict]:
@@ -302,10 +159,10 @@ class SqliteStore:
                         f"UPDATE jobs SET lease_until = ?{back} WHERE id = ?", (until, job_id)
                     )
                     if not lease_s:
-                        self._touched.add(job_id)
+                        self._db.touch(job_id)
             return verdicts
 
-        return self._write(change) if held else {}
+        return self._db.write(change) if held else {}
 
     def append(
         self, job_id: str, fence: int, records: Sequence[bytes], state: bytes | None = None
@@ -316,7 +173,7 @@ class SqliteStore:
                 self._add(db, job_id, records, state)
             return verdict
 
-        return self._write(change)
+        return self._db.write(change)
 
     def _add(
         self, db: sqlite3.Connection, job_id: str, records: Sequence[bytes], state: bytes | None
@@ -329,7 +186,7 @@ class SqliteStore:
             "WHERE n = ?",
             (len(records), state, n),
         )
-        self._touched.add(job_id)
+        self._db.touch(job_id)
 
     def complete(
         self,
@@ -351,7 +208,7 @@ class SqliteStore:
             self._end(db, job_id, status, result)
             return True
 
-        return self._write(change)
+        return self._db.write(change)
 
     def _end(self, db: sqlite3.Connection, job_id: str, status: Status, result: bytes) -> None:
         now = self._clock()
@@ -360,14 +217,14 @@ class SqliteStore:
             f"WHERE id = ? AND {_OPEN}",
             (status, result, now, now, job_id),
         )
-        self._touched.add(job_id)
+        self._db.touch(job_id)
 
     def get(self, job_id: str) -> Job | None:
-        with self._reading() as db:
+        with self._db.reading() as db:
             return _one(db, "WHERE id = ?", job_id)
 
     def find(self, once: str) -> Job | None:
-        with self._reading() as db:
+        with self._db.reading() as db:
             job = _one(db, "WHERE once = ?", once)
         forgotten = job is not None and job.created + ONCE_S <= self._clock()
         return None if forgotten else job
@@ -376,7 +233,7 @@ class SqliteStore:
         self, job_id: str, after: int, timeout_s: float = 0.0, limit: int = 1000
     ) -> tuple[Job | None, list[bytes]]:
         end = time.monotonic() + timeout_s
-        with self._waiting(job_id) as news:
+        with self._db.waiting(job_id) as news:
             while True:
                 news.clear()
                 job, records = self._read(job_id, after, limit)
@@ -386,7 +243,7 @@ class SqliteStore:
                 news.wait(left)
 
     def _read(self, job_id: str, after: int, limit: int) -> tuple[Job | None, list[bytes]]:
-        with self._reading() as db:
+        with self._db.reading() as db:
             # The job first: when it has ended, all of its records are there.
             job = _one(db, "WHERE id = ?", job_id)
             rows = db.execute(
@@ -404,19 +261,19 @@ class SqliteStore:
             db.execute("UPDATE jobs SET cancelled = ? WHERE id = ?", (self._clock(), job_id))
             if job.status == "queued":
                 self._end(db, job_id, "cancelled", b"")
-            self._touched.add(job_id)
+            self._db.touch(job_id)
             return _one(db, "WHERE id = ?", job_id)
 
-        return self._write(change)
+        return self._db.write(change)
 
     def delete(self, job_id: str) -> bool:
         def change(db: sqlite3.Connection) -> bool:
             _delete_records(db, job_id)
             found = db.execute("DELETE FROM jobs WHERE id = ?", (job_id,)).rowcount > 0
-            self._touched.add(job_id)
+            self._db.touch(job_id)
             return found
 
-        return self._write(change)
+        return self._db.write(change)
 
     def page(
         self, kind: Kind, owner: str | None, *, after: str, limit: int, newest: bool
@@ -428,14 +285,14 @@ class SqliteStore:
         if after:
             where = f"{where} AND n {beyond} (SELECT n FROM jobs WHERE id = ?)"
             values = [*values, after]
-        with self._reading() as db:
+        with self._db.reading() as db:
             rows = db.execute(
                 f"SELECT {_COLUMNS} FROM jobs {where} ORDER BY n {order} LIMIT ?", (*values, limit)
             )
             return [_job(row) for row in rows]
 
     def counts(self) -> list[Count]:
-        with self._reading() as db:
+        with self._db.reading() as db:
             rows = db.execute(
                 "SELECT lane, status, count(*) FROM jobs WHERE kind != 'file' GROUP BY 1, 2"
             )
@@ -450,13 +307,12 @@ class SqliteStore:
             for (job_id,) in rows:
                 _delete_records(db, job_id)
                 db.execute("DELETE FROM jobs WHERE id = ?", (job_id,))
-                self._touched.add(job_id)
+                self._db.touch(job_id)
             return [job_id for (job_id,) in rows]
 
-        gone = self._write(change)
+        gone = self._db.write(change)
         if gone:
-            with self._write_lock:
-                self._db.execute(f"PRAGMA incremental_vacuum({SWEEP_ROWS})").fetchall()
+            self._db.execute(f"PRAGMA incremental_vacuum({SWEEP_ROWS})")
         return gone
 
 
@@ -490,34 +346,3 @@ def _used_bytes(db: sqlite3.Connection) -> int:
         for name in ("page_count", "freelist_count", "page_size")
     )
     return (pages - free) * size
-
-
-def _unavailable(error: sqlite3.Error) -> StoreUnavailable:
-    full = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
-    problem = "the disk is full" if full else f"the job store fails ({error})"
-    return StoreUnavailable(
-        f"{problem}: nothing was accepted; try again later, or tell the operator", retry_after=30
-    )
-
-
-def _lock(directory: Path) -> int:
-    """Take the directory for this process. Raises StartupError."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StartupError(
-            f"can't keep jobs in {directory}: {error.strerror}; set jobs.path to another directory"
-        ) from error
-    end = time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return fd
-        except BlockingIOError:
-            if time.monotonic() > end:
-                os.close(fd)
-                raise StartupError(
-                    f"another server keeps its jobs in {directory}; set jobs.path to another"
-                ) from None
-            time.sleep(0.05)
