@@ -1,0 +1,211 @@
+"""The runner: what it claims and when, what it does with jobs that fail, and how it lets go."""
+
+import contextlib
+import threading
+import time
+
+import pytest
+
+from nanogpt.errors import Unavailable
+from nanogpt.jobs import runner as runner_module
+from nanogpt.jobs.runner import MAX_BATCHES, MAX_TRIES, Lease, LeaseLost, Runner
+from nanogpt.jobs.sqlite import SqliteStore
+from nanogpt.jobs.store import Lane
+from tests.jobs_utils import wait_for
+from tests.test_jobs_store import job
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner_module, "RETRY_S", 0.02)
+    store = SqliteStore(tmp_path, max_queued=1000, max_bytes=10**9)
+    yield store
+    store.close()
+
+
+@contextlib.contextmanager
+def running(store, execute, *, room=4, ready=lambda: True, size=1):
+    runner = Runner(
+        store,
+        {"completion": execute},
+        ready=ready,
+        size=lambda job: size,
+        room=room,
+        failed=lambda job, error: repr(error).encode(),
+    )
+    runner.start()
+    try:
+        yield runner
+    finally:
+        runner.close()
+
+
+def finish(lease: Lease) -> None:
+    lease.complete("completed", b"done")
+
+
+def wait_until_told(lease: Lease) -> None:
+    """Works until it is cancelled, or must let go."""
+    while not lease.cancelled:
+        lease.check()
+        time.sleep(0.01)
+    lease.complete("cancelled", b"")
+
+
+def ended(store, name: str):
+    return wait_for(lambda: (found := store.get(name)).ended and found)
+
+
+def test_jobs_are_done(store):
+    with running(store, finish):
+        for i in range(20):
+            store.put(job(f"j{i}"))
+        assert {ended(store, f"j{i}").result for i in range(20)} == {b"done"}
+
+
+def test_nothing_is_claimed_before_the_cluster_is_ready(store):
+    is_ready = threading.Event()
+    with running(store, finish, ready=is_ready.is_set):
+        store.put(job("j"))
+        time.sleep(0.3)
+        assert store.get("j").status == "queued"
+        is_ready.set()
+        ended(store, "j")
+
+
+def test_only_what_there_is_room_for_is_claimed_but_those_who_wait_always(store):
+    with running(store, wait_until_told, room=2):
+        for i in range(4):
+            store.put(job(f"j{i}"))
+        wait_for(lambda: store.get("j1").status == "in_progress")
+        for i in range(4):
+            store.put(job(f"now{i}", lane=Lane.NOW))
+        wait_for(lambda: store.get("now3").status == "in_progress")
+        assert [store.get(f"j{i}").status for i in range(4)] == [
+            *["in_progress"] * 2,
+            *["queued"] * 2,
+        ]
+        store.cancel("j0")
+        wait_for(lambda: store.get("j2").status == "in_progress")
+
+
+def test_a_few_batches_at_once(store):
+    with running(store, wait_until_told, size=0):
+        for i in range(MAX_BATCHES + 1):
+            store.put(job(f"b{i}", lane=Lane.BATCH))
+        wait_for(lambda: store.get(f"b{MAX_BATCHES - 1}").status == "in_progress")
+        store.put(job("j"))
+        wait_for(lambda: store.get("j").status == "in_progress")
+        assert store.get(f"b{MAX_BATCHES}").status == "queued"
+
+
+def test_an_error_ends_the_job_as_failed(store):
+    def fail(lease: Lease) -> None:
+        raise ValueError("no")
+
+    with running(store, fail):
+        store.put(job("j"))
+        found = ended(store, "j")
+        assert (found.status, found.result) == ("failed", b"ValueError('no')")
+
+
+def test_what_is_unavailable_is_tried_again(store):
+    attempts = []
+
+    def fail_at_first(lease: Lease) -> None:
+        attempts.append(1)
+        if len(attempts) < MAX_TRIES + 3:  # being put back is no failed try
+            raise Unavailable("full")
+        finish(lease)
+
+    with running(store, fail_at_first):
+        store.put(job("j"))
+        assert ended(store, "j").status == "completed"
+
+
+def test_a_job_that_ends_its_worker_is_given_up(store):
+    """Claimed again and again without progress: somebody has to stop it."""
+    store.put(job("j"))
+    for _ in range(MAX_TRIES):
+        store.claim(Lane.BATCH, 0.0, 0.0)
+    with running(store, finish):
+        found = ended(store, "j")
+        assert found.status == "failed"
+        assert b"without any progress" in found.result
+
+
+def test_a_lost_lease_writes_nothing(store):
+    lost, seen = threading.Event(), []
+
+    def slow(lease: Lease) -> None:
+        if lease.job.fence > 1:
+            finish(lease)
+            return
+        lost.wait(60)
+        with pytest.raises(LeaseLost):
+            lease.append([b"late"])
+        try:
+            lease.complete("failed", b"late")
+        except LeaseLost:
+            seen.append("lost")
+            raise
+
+    with running(store, slow):
+        store.put(job("j"))
+        wait_for(lambda: store.get("j").status == "in_progress")
+        store.renew({"j": 1}, 0.0)  # as if it had run out
+        assert ended(store, "j").result == b"done"
+        lost.set()
+        wait_for(lambda: seen)
+    assert store.get("j").result == b"done"
+    assert store.read("j", 0)[1] == []
+
+
+def test_leases_are_renewed(store, monkeypatch):
+    monkeypatch.setattr(runner_module, "LEASE_S", 0.5)
+    monkeypatch.setattr(runner_module, "RENEW_S", 0.05)
+    with running(store, wait_until_told):
+        store.put(job("j"))
+        wait_for(lambda: store.get("j").status == "in_progress")
+        time.sleep(1.0)
+        assert store.get("j").fence == 1
+
+
+def test_a_drain_puts_work_back_but_lets_those_who_wait_finish(store):
+    go_on = threading.Event()
+
+    def work(lease: Lease) -> None:
+        while not go_on.is_set():
+            lease.check()
+            time.sleep(0.01)
+        finish(lease)
+
+    with running(store, work) as runner:
+        store.put(job("back"))
+        store.put(job("now", lane=Lane.NOW))
+        wait_for(lambda: runner.running == 2)
+        runner.drain(60.0)
+        wait_for(lambda: runner.running == 1)
+        assert store.claim(Lane.BATCH, 30.0, 0.0).id == "back"
+        go_on.set()
+        ended(store, "now")
+        store.put(job("later"))
+        time.sleep(0.2)
+        assert store.get("later").status == "queued"
+
+
+def test_what_has_expired_is_swept(store):
+    swept = []
+    store.put(job("j", kind="file", status="completed", created=0.0))
+    runner = Runner(
+        store,
+        {},
+        ready=lambda: True,
+        size=lambda job: 1,
+        room=1,
+        failed=lambda job, error: b"",
+        on_swept=swept.append,
+    )
+    runner.start()
+    wait_for(lambda: swept == [["j"]])
+    runner.close()
