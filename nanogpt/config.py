@@ -35,6 +35,9 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     block_size: Annotated[int, Meta(ge=8, le=256)] = 16  # tokens in a block of KV
     max_num_seqs: Annotated[int, Meta(ge=1, le=4096)] = 256  # choices that run at once
     max_batch_tokens: Annotated[int, Meta(ge=16, le=65536)] = 512  # tokens of one step
+    # GPUs only: tokens of each choice between two looks at new requests, at most; 0: no CUDA graphs
+    burst_steps: Annotated[int, Meta(ge=0, le=64)] = 8
+    deterministic: bool = False  # GPUs too: a choice is the same to the bit in any batch; slower
 
 
 class ClusterConfig(Section, frozen=True, kw_only=True):

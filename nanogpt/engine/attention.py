@@ -9,7 +9,8 @@ sequence up to itself, found through the sequence's block table:
 
 One algorithm serves prefill and decode, because a token is the same token in both. On a CPU a row's
 answer is the same to the bit in whatever batch, chunk or blocks it is computed: with the C++ kernel
-(nanogpt/engine/cpu), and more slowly with plain torch. On other devices it is to rounding only.
+(nanogpt/engine/cpu), and more slowly with plain torch. On a GPU (nanogpt/engine/cuda) it is to
+rounding, or to the bit where that is asked for.
 """
 
 from collections.abc import Sequence
@@ -247,8 +248,22 @@ def _blank(keys: Tensor, values: Tensor, used: Tensor) -> None:
         gathered.masked_fill_(~used, 0)
 
 
-def select_backend(device: torch.device, dtype: torch.dtype, block_size: int) -> AttentionBackend:
-    """The best backend for this device, type and block size. Chosen once, with the cache."""
+def select_backend(
+    device: torch.device,
+    dtype: torch.dtype,
+    block_size: int,
+    *,
+    head_size: int = 64,
+    deterministic: bool = False,
+) -> AttentionBackend:
+    """The best backend for this device, type, block and head size. Chosen once, with the cache.
+
+    On a CPU all but plain torch are deterministic; on a GPU that is chosen.
+    """
+    if device.type == "cuda":
+        from nanogpt.engine.cuda.select import choose_backend
+
+        return choose_backend(device, dtype, block_size, head_size, deterministic=deterministic)
     if device.type != "cpu":
         return TorchBackend()
     from nanogpt.engine.cpu import backend, library, plain
@@ -283,10 +298,13 @@ def allocate_kv_cache(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     backend: AttentionBackend | None = None,
+    deterministic: bool = False,
 ) -> KVCache:
     """An empty cache of `num_blocks` blocks of `block_size` tokens, for the device's backend."""
     device = torch.device(device)
-    backend = backend or select_backend(device, dtype, block_size)
+    backend = backend or select_backend(
+        device, dtype, block_size, head_size=config.head_size, deterministic=deterministic
+    )
     keys, values = backend.empty_cache(config, num_blocks, block_size, dtype, device)
     return KVCache(keys, values, block_size, backend)
 
@@ -297,8 +315,10 @@ def kv_bytes_per_block(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> int:
-    """Bytes of one block of keys and values over all layers, as the device's backend keeps them."""
-    backend = select_backend(torch.device(device), dtype, block_size)
+    """Bytes of one block of keys and values over all layers, as the device's backends keep them:
+    but for CPUs' all of them do as TorchBackend does."""
+    device = torch.device(device)
+    backend = select_backend(device, dtype, block_size) if device.type == "cpu" else TorchBackend()
     caches = backend.empty_cache(config, 1, block_size, dtype, torch.device("meta"))
     return sum(cache.nbytes for cache in caches)
 

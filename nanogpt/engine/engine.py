@@ -55,7 +55,8 @@ class Engine:
 
     The KV cache has `num_kv_blocks` blocks of `block_size` tokens, enough for one full context at
     the least (else ConfigError). A step computes at most `max_batch_tokens` tokens of at most
-    `max_num_seqs` running choices.
+    `max_num_seqs` running choices. With `burst_steps` decoding is done in bursts of at most that
+    many tokens of each (see bursts.py), which is for GPUs, and so is `deterministic`: CPUs are.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Engine:
         self._bursts: Bursts | None = None
         if burst_steps:
             decoder = self._runner.decoder(max_rows=max_num_seqs, max_steps=burst_steps)
-            self._bursts = Bursts(decoder, self._scheduler)
+            self._bursts = Bursts(decoder, self._scheduler) if decoder else None
         self._live: dict[str, dict[int, Sequence]] = {}
         self._events: list[EngineEvent] = []  # of choices that never ran; the next step's
         self._arrivals = 0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanogpt.engine.attention import AttentionMetadata, PagedAttend, allocate_kv_cache
 from nanogpt.engine.cpu.linear import pack_model
@@ -44,7 +44,8 @@ class StepOutput:
 class ModelRunner:
     """Owns the network, the KV cache and the sampler of one engine.
 
-    On a CPU the network's linear layers are packed, in place.
+    The network's linear layers are made ready for the device, in place. `deterministic` matters on
+    GPUs: then what else is computed does not change a bit of a row's result, as always on CPUs.
     """
 
     def __init__(
@@ -58,19 +59,29 @@ class ModelRunner:
     ) -> None:
         self._model, self._device, self._info = loaded.model, device, loaded.info
         config, dtype = loaded.model.config, loaded.model.wte.weight.dtype
-        self._head: Callable[[Tensor], Tensor] = self._model.lm_head
-        if device.type == "cpu":
-            pack_model(self._model)
-            self._head = self._model.lm_head
+        self._head = self._prepare(deterministic)
         self._num_blocks = num_kv_blocks
         # One block more, for rows that go on idly (see decode.py).
-        self._cache = allocate_kv_cache(config, num_kv_blocks + 1, block_size, dtype, device)
+        self._cache = allocate_kv_cache(
+            config, num_kv_blocks + 1, block_size, dtype, device, deterministic=deterministic
+        )
         self._sampler = Sampler(
             vocab_size=loaded.info.vocab_size,
             eos_token_id=loaded.info.eos_token_id,
             device=device,
         )
         self._running: RunningBatch | None = None  # the last step, if it was all decode
+
+    def _prepare(self, deterministic: bool) -> nn.Module:
+        """The network made ready; what turns hidden states (N, C) into logits (N, V)."""
+        if self._device.type == "cpu":
+            pack_model(self._model)
+            return self._model.lm_head
+        from nanogpt.engine.cuda import linear
+
+        if deterministic:
+            linear.make_deterministic(self._model)
+        return linear.Head(self._model.lm_head.weight, tiled=deterministic)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepOutput:
@@ -100,8 +111,12 @@ class ModelRunner:
             self._cache.copy_block(source, target)
 
     @torch.inference_mode()
-    def decoder(self, *, max_rows: int, max_steps: int) -> Decoder:
-        """Decode steps of up to `max_rows` sequences, `max_steps` of them between two looks."""
+    def decoder(self, *, max_rows: int, max_steps: int, recorded: bool = True) -> Decoder | None:
+        """Decode steps of up to `max_rows` sequences, `max_steps` of them between two looks; as
+        graphs on a GPU, unless they are not to be `recorded`. None for plain torch attention, which
+        would gather whole contexts, since only the host knows how long they are."""
+        if self._cache.backend.name == "torch":
+            return None
         size = self._cache.block_size
         max_blocks = blocks_per_context(self._info.context_length, size)
         state = DecodeState(
@@ -115,7 +130,7 @@ class ModelRunner:
             vocab_size=self._info.vocab_size,
         )
         buckets = power_buckets(max_rows)
-        if self._device.type == "cuda":
+        if recorded and self._device.type == "cuda":
             from nanogpt.engine.cuda.graphs import GraphedStep
 
             step = GraphedStep(step, buckets)

@@ -21,7 +21,7 @@ from nanogpt.ranks import Ranks
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-CPU_SHARE, GPU_SHARE = 0.4, 0.85  # of the memory that is free after loading, for KV
+CPU_SHARE = 0.4  # of the memory that is free after loading, for KV
 CPU_MOST = 2 * GIB  # planned for a rank on a CPU: more would not make it faster
 
 
@@ -50,13 +50,20 @@ def choose_dtype(config: ServeConfig, device: torch.device) -> WeightDtype:
     return fastest_dtype(device) if device.type == "cuda" else best_dtype
 
 
-def kv_budget(config: ServeConfig, ranks: Ranks, device: torch.device) -> int:
+def kv_budget(
+    config: ServeConfig, ranks: Ranks, device: torch.device, loaded: list[LoadedModel]
+) -> int:
     """Bytes of KV for all models of this rank, given what is free once they are loaded."""
-    if config.engine.kv_memory_gib:
-        return int(config.engine.kv_memory_gib * GIB)
+    engine = config.engine
+    if engine.kv_memory_gib:
+        return int(engine.kv_memory_gib * GIB)
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * GPU_SHARE)
+        from nanogpt.engine.cuda import memory
+
+        limits = memory.Limits(
+            engine.max_num_seqs, engine.max_batch_tokens, engine.block_size, engine.deterministic
+        )
+        return memory.kv_budget(loaded, limits, device)
     free = process.available_memory()
     return min(CPU_MOST, int(free * CPU_SHARE / ranks.local_world_size))
 
@@ -109,7 +116,7 @@ def _build(
     dtypes = [next(m.model.parameters()).dtype for m in loaded]
     per_context = [blocks_per_context(m.info.context_length, size) for m in loaded]
     num_blocks = plan_blocks(
-        kv_budget(config, ranks, device),
+        kv_budget(config, ranks, device, loaded),
         [
             count * kv_bytes_per_block(shape, size, dtype, device)
             for count, shape, dtype in zip(per_context, shapes, dtypes, strict=True)
@@ -126,6 +133,9 @@ def _build(
             block_size=size,
             max_num_seqs=config.engine.max_num_seqs,
             max_batch_tokens=config.engine.max_batch_tokens,
+            # On a CPU Python is not what a step waits for.
+            burst_steps=config.engine.burst_steps if device.type == "cuda" else 0,
+            deterministic=config.engine.deterministic,
         )
         for m, blocks in zip(loaded, num_blocks, strict=True)
     }

@@ -1,7 +1,7 @@
 """The Triton kernels as a backend of nanogpt/engine/attention.py."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,19 +19,19 @@ FIXED = {"enable_fp_fusion": False}
 
 
 class Launch(NamedTuple):
-    """How a kernel is compiled for tiles of a size, and a type."""
+    """How the attention of tiles of a size is compiled."""
 
     keys: int  # a step
     num_warps: int
     num_stages: int
 
 
-def launch_of(tile: int, dim: int, dtype: torch.dtype) -> Launch:
-    """Chosen so that it fits a T4's 64 KiB of shared memory without spilling; not tuned."""
+def launch_of(tile: int, dim: int, *, tensor_cores: bool) -> Launch:
+    """Chosen by what the compiler says of registers and shared memory; not tuned on a GPU."""
     if tile == SINGLE:
-        return Launch(keys=64 if dim <= 64 else 32, num_warps=4, num_stages=2)
-    if dtype == torch.float32 or dim > 64:
-        return Launch(keys=32, num_warps=4, num_stages=1)
+        return Launch(keys=32, num_warps=2 if dim <= 64 else 4, num_stages=2)
+    if not tensor_cores or dim > 64:
+        return Launch(keys=32, num_warps=8 if tile == CHUNK else 4, num_stages=1)
     return Launch(keys=64, num_warps=4, num_stages=2)
 
 
@@ -42,13 +42,21 @@ class TritonBackend(TorchBackend):
     tiles on tensor cores: each is the same to the bit in any batch and any blocks, but the two
     kinds round differently. With `fixed_tiles` there is one kind only, so that a token is the same
     whether it was decoded, or prefilled in whatever chunks. Where fewer programs than
-    `enough_programs` would run, parts of the keys get programs of their own.
+    `enough_programs` would decode, parts of the keys get programs of their own. `tensor_cores`:
+    the GPU has some that Triton can use for half precision (compute capability 8.0 and later).
     """
 
     name = "triton"
 
-    def __init__(self, *, fixed_tiles: bool = False, enough_programs: int = 256) -> None:
+    def __init__(
+        self,
+        *,
+        fixed_tiles: bool = False,
+        enough_programs: int = 256,
+        tensor_cores: bool = True,
+    ) -> None:
         self._fixed_tiles, self._enough_programs = fixed_tiles, enough_programs
+        self._tensor_cores = tensor_cores
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, key: Tensor, value: Tensor, meta: AttentionMetadata
@@ -77,10 +85,17 @@ class TritonBackend(TorchBackend):
     ) -> None:
         """Fill the rows of `out` (N, n_head, hs) that the tiles consist of."""
         rows, heads, head_size = q.shape
-        shape: dict[str, Any] = {"TILE": size, "DIM": padded(head_size), "SPLIT": SPLIT}
-        keys, num_warps, num_stages = launch_of(size, shape["DIM"], q.dtype)
+        shape = {
+            "HEADS": heads,
+            "HEAD_SIZE": head_size,
+            "TILE": size,
+            "DIM": padded(head_size),
+            "SPLIT": 0 if size == CHUNK else SPLIT,
+        }
+        tensor_cores = self._tensor_cores and q.dtype != torch.float32
+        launch = launch_of(size, padded(head_size), tensor_cores=tensor_cores)
         parts = -(-meta.host_max_keys // SPLIT)
-        if len(tiles) * heads >= self._enough_programs:
+        if size == CHUNK or len(tiles) * heads >= self._enough_programs:
             parts = 1
         best, total, acc = _scratch(q, parts)
         kernels.attend[len(tiles), heads, parts](
@@ -100,13 +115,11 @@ class TritonBackend(TorchBackend):
             q.stride(1),
             meta.block_tables.stride(0),
             rows,
-            heads,
-            head_size,
-            key.size(1),
-            KEYS=keys,
+            BLOCK_SIZE=key.size(1),
+            KEYS=launch.keys,
             PARTS=parts > 1,
-            num_warps=num_warps,
-            num_stages=num_stages,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
             **shape,
             **FIXED,
         )
@@ -119,9 +132,7 @@ class TritonBackend(TorchBackend):
                 tiles,
                 meta.positions,
                 rows,
-                heads,
-                head_size,
-                num_warps=num_warps,
+                num_warps=launch.num_warps,
                 **shape,
                 **FIXED,
             )
@@ -141,7 +152,6 @@ def _scratch(q: Tensor, parts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _store(k: Tensor, v: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> None:
     rows, heads, head_size = k.shape
-    width = heads * head_size
     kernels.store[rows,](
         k,
         v,
@@ -152,8 +162,8 @@ def _store(k: Tensor, v: Tensor, key: Tensor, value: Tensor, slots: Tensor) -> N
         k.stride(1),
         v.stride(0),
         v.stride(1),
-        head_size,
-        width,
-        WIDTH=triton.next_power_of_2(width),
+        HEADS=heads,
+        HEAD_SIZE=head_size,
+        WIDTH=triton.next_power_of_2(heads * head_size),
         num_warps=4,
     )
