@@ -99,6 +99,12 @@ class _Connection(socket.socket):
             self.shutdown(socket.SHUT_RDWR)
 
 
+def allow_time(connection: object, seconds: float) -> None:
+    """Give a client so much longer to send its request. For the socket of a connection here."""
+    if isinstance(connection, _Connection):
+        connection.receive_until += seconds
+
+
 class Worker(ThreadWorker):
     """Drains on SIGTERM, and answers in JSON when a request is not even HTTP."""
 
