@@ -36,7 +36,7 @@ from nanogpt.api.jobs.stored import Stored
 from nanogpt.api.jobs.upload import FRAME_BYTES
 from nanogpt.api.listener import listen
 from nanogpt.api.operators import Operators
-from nanogpt.api.server import malformed_request, serve
+from nanogpt.api.server import allow_time, malformed_request, serve
 from nanogpt.api.service import Service
 from nanogpt.cluster.client import ClusterStatus
 from nanogpt.cluster.connect import connect
@@ -54,6 +54,7 @@ log = logging.getLogger("frontend")
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
+UPLOAD_BYTES_S = 100_000  # the slowest upload of a file that is waited for
 KEYLESS = {"/health", "/ready"}  # routes for whoever watches the process
 
 
@@ -149,6 +150,8 @@ def _add_files(app: flask.Flask, files: FileRoutes, max_bytes: int) -> None:
     @app.post("/v1/files")
     def create_file() -> flask.Response:
         request.max_content_length = max_bytes
+        size = min(request.content_length or max_bytes, max_bytes)
+        allow_time(request.environ.get("gunicorn.socket"), size / UPLOAD_BYTES_S)
         kind, key = request.content_type, request.headers.get(once.HEADER)
         return _response(files.create(flask.g.caller, request.stream, kind, key))
 
