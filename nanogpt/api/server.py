@@ -50,6 +50,7 @@ GRACE_S = 3.0  # beyond drain_s, for the last answers to go out; the launcher wa
 SPARE_FILES = 512  # for all that is not a connection
 REQUEST_S = 60.0  # for a whole request to arrive, however steadily its bytes trickle in
 PATIENCE_S = 2.0  # with a request that has not arrived, when others wait for its thread
+WARN_EVERY_S = 60.0  # at most: clients must not fill the log
 LINGER_S = 2.0  # for a client to read the last answer before its connection is closed
 LINGER_BYTES = 65536
 
@@ -113,6 +114,7 @@ class Worker(ThreadWorker):
         # Connections that wait for a thread, and those that have one: since when.
         self._queued: set[TConn] = set()
         self._handled: dict[TConn, float] = {}
+        self._warn_at = -math.inf
 
     def enqueue_req(self, conn: TConn) -> None:
         if not isinstance(conn.sock, _Connection):
@@ -136,8 +138,9 @@ class Worker(ThreadWorker):
         for conn in idle:
             with contextlib.suppress(OSError):  # it may have ended by itself
                 conn.sock.shutdown(socket.SHUT_RDWR)
-        if idle:
-            log.warning("closed %d connections of slow clients: others need a thread", len(idle))
+        if idle and time.monotonic() > self._warn_at:
+            self._warn_at = time.monotonic() + WARN_EVERY_S
+            log.warning("closing connections of slow clients: others need their threads")
 
     def handle(self, conn: TConn) -> Any:
         """One request. Lingering is done here: gunicorn's main thread would accept nobody else
