@@ -285,6 +285,17 @@ def test_a_store_that_is_full_takes_no_more(open_store):
     store.close()
 
 
+def test_repeats_make_room_for_what_was_promised(open_store, clock):
+    store = open_store(max_bytes=2_000_000)
+    for name, lane in (("promised", Lane.BACKGROUND), ("repeat1", Lane.NOW), ("repeat2", Lane.NOW)):
+        store.put(job(name, lane=lane, request=bytes(650_000)))
+        store.complete(name, claim(store).fence, "completed", b"")
+    assert sorted(store.sweep()) == ["repeat1", "repeat2"]
+    assert store.sweep() == []
+    assert store.get("promised") is not None
+    store.close()
+
+
 def test_counts(store):
     store.put(job("a", lane=Lane.NOW))
     store.put(job("b"))

@@ -79,6 +79,9 @@ class Database:
             raise
 
     def _open(self) -> sqlite3.Connection:
+        os.close(
+            os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        )  # it has prompts
         db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
         db.execute("PRAGMA auto_vacuum = INCREMENTAL")
         db.execute("PRAGMA journal_mode = WAL")

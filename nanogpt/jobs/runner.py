@@ -177,9 +177,9 @@ class Runner:
     def _turn(self) -> None:
         now = time.monotonic()
         if now >= self._sweep_at:
-            self._sweep_at = now + SWEEP_S
-            if gone := self._store.sweep():
-                self._on_swept(gone)
+            gone = self._store.sweep()
+            self._on_swept(gone)
+            self._sweep_at = now if gone else now + SWEEP_S
         if now >= self._renew_at:
             self._renew_at = now + RENEW_S
             with self._lock:

@@ -20,6 +20,7 @@ from nanogpt.jobs_config import JobsConfig
 
 VERSION = 1  # of the tables below
 SWEEP_ROWS = 1000  # at once, so that others get a turn
+CROWDED = 0.9  # of max_bytes: above it, answers kept only for a repeat of their request make room
 _TABLES = """
 CREATE TABLE jobs (
     n INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, kind TEXT NOT NULL,
@@ -304,6 +305,12 @@ class SqliteStore:
                 "SELECT id FROM jobs WHERE expires <= ? ORDER BY expires LIMIT ?",
                 (self._clock(), SWEEP_ROWS),
             ).fetchall()
+            if not rows and _used_bytes(db) > CROWDED * self._max_bytes:
+                rows = db.execute(
+                    "SELECT id FROM jobs WHERE lane = ? AND expires IS NOT NULL "
+                    "ORDER BY expires LIMIT ?",
+                    (Lane.NOW, SWEEP_ROWS),
+                ).fetchall()
             for (job_id,) in rows:
                 _delete_records(db, job_id)
                 db.execute("DELETE FROM jobs WHERE id = ?", (job_id,))

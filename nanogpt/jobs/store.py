@@ -136,6 +136,8 @@ class Store(Protocol):
     def counts(self) -> list[Count]: ...
 
     def sweep(self) -> list[str]:
-        """Forget what was kept long enough; returns the ids."""
+        """Forget what was kept long enough, and, when there is hardly room for more, the oldest of
+        what has ended in the lane NOW. A part at a time: returns the ids, none when all is done.
+        """
 
     def close(self) -> None: ...
