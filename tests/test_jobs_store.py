@@ -192,6 +192,17 @@ def test_a_name_stands_for_one_job_for_a_day(store, clock):
     assert store.get("first").id == "first"
 
 
+def test_a_refused_job_leaves_the_name_of_another_alone(open_store, clock):
+    """What a write did before it was refused is undone."""
+    store = open_store(max_queued=1)
+    store.put(job("first", once="n", created=clock.now))
+    clock.now += ONCE_S
+    with pytest.raises(Unavailable):
+        store.put(job("second", once="n", created=clock.now))
+    assert store.get("first").once == "n"
+    store.close()
+
+
 def test_names_hold_against_many_threads(store):
     with ThreadPoolExecutor(8) as pool:
         found = set(pool.map(lambda i: store.put(job(f"j{i}", once="n")).id, range(40)))

@@ -215,7 +215,7 @@ class SqliteStore:
         now = self._clock()
         db.execute(
             "UPDATE jobs SET status = ?, result = ?, finished = ?, expires = ? + keep_s "
-            f"WHERE id = ? AND {_OPEN}",
+            "WHERE id = ?",
             (status, result, now, now, job_id),
         )
         self._db.touch(job_id)
