@@ -17,6 +17,7 @@ import openai
 import psutil
 import pytest
 
+from nanogpt import __version__
 from nanogpt.api.openapi import OPERATIONS
 from nanogpt.config import HttpConfig
 from nanogpt.errors import Unavailable
@@ -55,7 +56,7 @@ def test_completion(client):
     body = response.json
     assert re.fullmatch(r"cmpl-[0-9a-f]{32}", body.pop("id"))
     fingerprint = body.pop("system_fingerprint")
-    assert INFO.fingerprint in fingerprint
+    assert fingerprint == f"fp_{INFO.fingerprint}_{__version__}"
     choice = {"text": "hell", "logprobs": None, "finish_reason": "length"}
     assert body == {
         "object": "text_completion",
@@ -284,6 +285,14 @@ def test_metrics(client):
 @pytest.mark.parametrize("path", ["/", "/v1", "/v1/completions/", "//v1/completions", "/V1/models"])
 def test_not_found(client, path):
     assert_error(client.get(path), 404, code="not_found")
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+def test_a_long_path_is_not_repeated(client, method):
+    for path in (f"/{'x' * 5000}", f"/v1/models/{'x' * 5000}"):
+        message = client.open(path, method=method).json["error"]["message"]
+        assert len(message) < 400
+        assert "x" * 201 not in message
 
 
 def test_method_not_allowed(client):
