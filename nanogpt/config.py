@@ -67,7 +67,7 @@ class ServeConfig(Section, frozen=True, kw_only=True):
     port: Port = 8000
     ranks: Count | Literal["auto"] = "auto"  # processes on this node
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     models: tuple[str, ...] = ("shakespeare-char",)  # NAME or NAME=PATH
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     nnodes: Count = 1

@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--port", help="port to listen on (8000)")
     p.add_argument("--ranks", metavar="N|auto", help="processes on this node (auto: one a GPU)")
     p.add_argument("--device", metavar="auto|cpu|cuda", help="where the models run")
-    p.add_argument("--dtype", metavar="auto|float32|bfloat16|float16", help="of the weights")
+    p.add_argument("--dtype", metavar="auto|float32|bfloat16|float16|int8", help="of the weights")
     p.add_argument(
         "--model",
         dest="models",

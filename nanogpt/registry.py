@@ -168,7 +168,8 @@ def sources(models: Iterable[str]) -> list[tuple[str, str]]:
     return list(found.items())
 
 
-_ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+# With int8, the embeddings keep 16 bits beside the head's 8.
+_ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2}
 
 
 class _Shape(msgspec.Struct):

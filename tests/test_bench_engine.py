@@ -14,7 +14,7 @@ CONFIG = GPTConfig(block_size=16, vocab_size=40, n_layer=3, n_head=2, n_embd=8)
 
 def test_shape_counts_what_a_step_reads():
     model = GPT(CONFIG)
-    shape = Shape.of(CONFIG, model.num_parameters(), 2)
+    shape = Shape.of(CONFIG, model.num_parameters(), 2, 2)
     read = sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel()
     assert shape.weights == read
     assert shape.weight_bytes == 2 * read

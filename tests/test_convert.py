@@ -438,6 +438,14 @@ class TestFingerprint:
         assert load(tmp_path / "ours").info.fingerprint == loaded.info.fingerprint
         assert load(tmp_path / "hf").info.fingerprint == loaded.info.fingerprint
 
+    def test_int8_counts(self, written):
+        plain, int8 = (
+            load_model(str(written[0]), "m", dtype=torch.float32, device="cpu", int8=int8).info
+            for int8 in (False, True)
+        )
+        assert (plain.dtype, int8.dtype) == ("float32", "int8")
+        assert plain.fingerprint != int8.fingerprint
+
     def test_dtype_counts(self, written):
         found = {load(written[0], d).info.fingerprint for d in convert.DTYPES.values()}
         assert len(found) == 3

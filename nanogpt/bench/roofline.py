@@ -35,10 +35,12 @@ class Shape(msgspec.Struct, frozen=True):
     attention_width: int  # channels times layers: 2 multiply-adds a channel and token of context
 
     @classmethod
-    def of(cls, config: GPTConfig, num_parameters: int, item_bytes: int) -> "Shape":
+    def of(
+        cls, config: GPTConfig, num_parameters: int, item_bytes: int, kv_item_bytes: int
+    ) -> "Shape":
         weights = num_parameters - config.block_size * config.n_embd
         width = config.n_layer * config.n_embd
-        return cls(weights * item_bytes, 2 * width * item_bytes, weights, width)
+        return cls(weights * item_bytes, 2 * width * kv_item_bytes, weights, width)
 
     def decode_s(self, roof: Roof, batch: int, context: int) -> float:
         """Least seconds of one step that gives each of `batch` sequences a token."""

@@ -14,14 +14,13 @@ from nanogpt import process
 from nanogpt.bench.alone import ALONE
 from nanogpt.bench.roofline import Roof, Shape, measure, synchronize
 from nanogpt.config import ServeConfig
+from nanogpt.engine.cpu.linear import multiplies_natively
 from nanogpt.engine.engine import Engine
 from nanogpt.engine.kv_cache import blocks_per_context
 from nanogpt.engine.model_runner import ModelRunner
 from nanogpt.engine.sampler import Sampler
-from nanogpt.engine.setup import choose_device, choose_dtype
+from nanogpt.engine.setup import choose_device, load
 from nanogpt.errors import ConfigError
-from nanogpt.model.dtypes import DTYPES
-from nanogpt.model.load import load_model
 from nanogpt.registry import sources
 from nanogpt.request import GenerateRequest, RequestFailed, TokenEvent
 from nanogpt.sampling_params import SamplingParams
@@ -66,11 +65,12 @@ class Bench:
         """Without contexts or lengths: parts of the model's context. Raises StartupError."""
         self.device = choose_device(config, ALONE)
         ((name, source),) = sources(config.models)
-        loaded = load_model(
-            source, name, dtype=choose_dtype(config, self.device), device=self.device
+        loaded = load(config, name, source, self.device)
+        dtype = loaded.model.wte.weight.dtype
+        item_bytes = 1 if loaded.info.dtype == "int8" else dtype.itemsize
+        self.shape = Shape.of(
+            loaded.model.config, loaded.info.num_parameters, item_bytes, dtype.itemsize
         )
-        dtype = DTYPES[loaded.info.dtype]
-        self.shape = Shape.of(loaded.model.config, loaded.info.num_parameters, dtype.itemsize)
         self.info = loaded.info
         whole = self.info.context_length
         self.contexts = contexts or [whole // 8, 3 * whole // 8]
@@ -91,7 +91,8 @@ class Bench:
             max_num_seqs=engine.max_num_seqs,
             max_batch_tokens=engine.max_batch_tokens,
         )
-        self.roof: Roof = measure(self.device, dtype)
+        widened = self.device.type == "cpu" and not multiplies_natively(dtype)
+        self.roof: Roof = measure(self.device, torch.float32 if widened else dtype)
         self._engine.warm_up()
         self._rng = random.Random(0)
         self._requests = 0

@@ -75,7 +75,7 @@ class ModelRunner:
     def _prepare(self, deterministic: bool) -> nn.Module:
         """The network made ready; what turns hidden states (N, C) into logits (N, V)."""
         if self._device.type == "cpu":
-            pack_model(self._model)
+            pack_model(self._model, int8=self._info.dtype == "int8")
             return self._model.lm_head
         from nanogpt.engine.cuda import linear
 

@@ -10,6 +10,7 @@ import torch
 from nanogpt import process, registry
 from nanogpt.config import ServeConfig
 from nanogpt.engine.attention import kv_bytes_per_block
+from nanogpt.engine.cpu.library import load_kernels
 from nanogpt.engine.cpu.linear import best_dtype
 from nanogpt.engine.engine import Engine
 from nanogpt.engine.kv_cache import blocks_per_context
@@ -44,10 +45,21 @@ def choose_device(config: ServeConfig, ranks: Ranks) -> torch.device:
 
 
 def choose_dtype(config: ServeConfig, device: torch.device) -> WeightDtype:
-    """What the weights are kept in; "auto" is the fastest that the device has."""
-    if config.dtype != "auto":
+    """What weights are loaded in; "auto" is what the device is fastest with. StartupError if none."""
+    if config.dtype in DTYPES:
         return DTYPES[config.dtype]
+    if config.dtype == "int8" and not (device.type == "cpu" and load_kernels()):
+        raise StartupError(
+            "dtype int8 is for CPUs, with the kernels that dev/setup.sh builds (python -m "
+            "nanogpt.engine.cpu.build says why there are none); use another dtype"
+        )
     return fastest_dtype(device) if device.type == "cuda" else best_dtype
+
+
+def load(config: ServeConfig, name: str, source: str, device: torch.device) -> LoadedModel:
+    """A model as it is configured. Raises StartupError, CheckpointError."""
+    dtype = choose_dtype(config, device)
+    return load_model(source, name, dtype=dtype, device=device, int8=config.dtype == "int8")
 
 
 def kv_budget(
@@ -72,11 +84,9 @@ def load_engines(config: ServeConfig, ranks: Ranks) -> dict[str, Engine]:
     """An engine for each configured model, warmed up. Raises StartupError."""
     started = time.monotonic()
     device = choose_device(config, ranks)
-    dtype = choose_dtype(config, device)
     try:
         loaded = [
-            load_model(source, name, dtype=dtype, device=device)
-            for name, source in registry.sources(config.models)
+            load(config, name, source, device) for name, source in registry.sources(config.models)
         ]
         engines = _build(config, ranks, device, loaded)
     except torch.OutOfMemoryError as error:

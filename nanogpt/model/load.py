@@ -27,13 +27,14 @@ class LoadedModel:
 
 
 def load_model(
-    source: str, name: str, *, dtype: WeightDtype, device: str | torch.device
+    source: str, name: str, *, dtype: WeightDtype, device: str | torch.device, int8: bool = False
 ) -> LoadedModel:
     """Load `source`, to be served as `name`. Raises CheckpointError, one clear line.
 
     A source is our own checkpoint directory, Hugging Face's GPT-2 directory, nanoGPT's ckpt.pt, or
     a name on the Hugging Face hub. Weights are read where they are, memory-mapped: nothing is
     converted on disk. Beyond the mapped file that takes the model's own memory and one tensor.
+    `int8` says that products will be quantised (nanogpt/engine/cpu): then it is another model.
     """
     model, tokenizer, file = _load(source, dtype, device)
     vocab_size, eos_token_id, start_token_id = _vocabulary(tokenizer)
@@ -49,8 +50,8 @@ def load_model(
         eos_token_id=eos_token_id,
         start_token_id=start_token_id,
         tokenizer=tokenizer,
-        dtype=str(model.wte.weight.dtype).removeprefix("torch."),
-        fingerprint=fingerprint(model),
+        dtype="int8" if int8 else str(model.wte.weight.dtype).removeprefix("torch."),
+        fingerprint=fingerprint(model, b"int8" if int8 else b""),
         created=int(file.stat().st_mtime),
         num_parameters=model.num_parameters(),
     )
@@ -96,14 +97,16 @@ def _vocabulary(spec: TokenizerSpec) -> tuple[int, int | None, int]:
 
 
 @torch.no_grad()
-def fingerprint(model: GPT) -> str:
+def fingerprint(model: GPT, key: bytes = b"") -> str:
     """16 hexadecimal digits of configuration, dtype and every weight: a change of one shows.
+
+    `key` stands for whatever else makes this another model.
 
     Not of the file, so that one model in several formats has one fingerprint. Each tensor counts
     by the sums of its rows and of its columns, of bit patterns modulo 2**64: that runs at the
     speed of memory, and only a change of four weights or more, made on purpose, can slip through.
     """
-    digest = hashlib.blake2b(msgspec.json.encode(model.config), digest_size=8)
+    digest = hashlib.blake2b(msgspec.json.encode(model.config), digest_size=8, key=key)
     for name, tensor in sorted(model.named_parameters()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         for sums in _bit_sums(tensor):
