@@ -1,7 +1,10 @@
 """What the engine does on the host for a GPU, without one."""
 
 import random
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,13 +12,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nanogpt.config import ServeConfig
 from nanogpt.engine import setup
-from nanogpt.engine.attention import AttentionMetadata, Span
+from nanogpt.engine.attention import (
+    AttentionMetadata,
+    PagedAttend,
+    Span,
+    TorchBackend,
+    allocate_kv_cache,
+)
 from nanogpt.engine.cuda import linear, memory, select, varlen
 from nanogpt.engine.cuda.linear import TILE, Head, TiledLinear
 from nanogpt.engine.cuda.memory import MIB, Limits, Needs
+from nanogpt.engine.decode import DecodeState, DecodeStep
 from nanogpt.engine.model_runner import ModelRunner
 from nanogpt.errors import StartupError
 from nanogpt.model.gpt import GPT, GPTConfig
@@ -23,6 +35,7 @@ from tests.attention_cases import Text, assert_is_attention, attend_all, chunked
 from tests.engine_utils import model_info
 
 CUDA = torch.device("cuda", 0)
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def documented_varlen_attn(
@@ -195,3 +208,76 @@ def test_setup_plans_gpu_memory_by_measuring(monkeypatch: pytest.MonkeyPatch) ->
     engine = config.engine
     expected = Limits(engine.max_num_seqs, engine.max_batch_tokens, engine.block_size, False)
     assert seen == [([], expected, CUDA)]
+
+
+class MetadataOnly(TorchBackend):
+    """Asks of the metadata what every backend for GPUs asks, and attends to nothing."""
+
+    name = "metadata only"
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, key: Tensor, value: Tensor, meta: AttentionMetadata
+    ) -> Tensor:
+        for tiles in (meta.tiles(1, at_most=1), meta.tiles(64, at_least=2), meta.tiles(16)):
+            assert len(tiles) in (0, len(q))
+        varlen.arguments(meta)
+        return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+class Devices(TorchDispatchMode):
+    """Which devices the tensors of all operations are on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, kwargs, out))
+        self.seen |= {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
+        return out
+
+
+@pytest.mark.parametrize("tiled", [False, True])
+def test_a_decode_step_neither_asks_nor_tells_the_host_anything(tiled: bool) -> None:
+    """Else it could not be recorded. On the meta device numbers don't exist: asking is an error."""
+    device = torch.device("meta")
+    config = GPTConfig(block_size=64, vocab_size=300, n_layer=2, n_head=2, n_embd=32)
+    with device:
+        model = GPT(config).eval().bfloat16()
+    if tiled:
+        for block in model.h:
+            block.mlp.c_fc = TiledLinear(block.mlp.c_fc)
+    backend = MetadataOnly()
+    cache = allocate_kv_cache(config, 9, 16, torch.bfloat16, device, backend=backend)
+    head = Head(model.wte.weight, tiled=tiled)
+
+    def network(token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
+        return head(model.hidden(token_ids, metadata.positions, PagedAttend(cache, metadata)))
+
+    state = DecodeState(max_rows=8, max_steps=4, max_blocks=4, device=device)
+    step = DecodeStep(network, state, block_size=16, spare_block=8, vocab_size=290)
+    with torch.no_grad(), Devices() as devices:
+        step(5)
+    assert devices.seen == {"meta"}
+
+
+def test_a_cpu_imports_nothing_of_this() -> None:
+    """Triton takes a second to import."""
+    code = """
+import sys
+from types import SimpleNamespace
+import nanogpt.engine.setup
+from nanogpt.engine.engine import Engine
+from nanogpt.model.gpt import GPT, GPTConfig
+from tests.engine_utils import model_info
+model = GPT(GPTConfig(block_size=32, vocab_size=72, n_layer=1, n_head=2, n_embd=32)).eval()
+model.init_weights()
+loaded = SimpleNamespace(model=model, info=model_info(32))
+Engine(loaded, rank=0, device="cpu", num_kv_blocks=8).warm_up()
+print([name for name in sys.modules if name.startswith(("triton", "nanogpt.engine.cuda"))])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr

@@ -2,11 +2,15 @@
 
 import os
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from nanogpt.engine import attention
+from nanogpt.engine.engine import Engine
+from nanogpt.model.gpt import GPT, GPTConfig
 from tests.attention_cases import (
     Step,
     Text,
@@ -16,6 +20,7 @@ from tests.attention_cases import (
     chunked,
     paged,
 )
+from tests.engine_utils import model_info, request, run_all
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":  # before Triton is first imported
@@ -129,3 +134,34 @@ def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
         answer = attend_all(backend, [text], [[2, 0, 1]], steps, device=DEVICE)[0]
         ours = torch.stack([answer[p] for p in range(40)]).double()
         torch.testing.assert_close(ours, text.reference(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="test_gpu.py has more")
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_an_engine_with_these_kernels(monkeypatch: pytest.MonkeyPatch, deterministic: bool) -> None:
+    """Prefill in chunks, bursts of decode steps with idle rows, a cache with a spare block: the
+    same tokens as with attention for CPUs; with fixed tiles to the bit in any chunks."""
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(block_size=48, vocab_size=72, n_layer=1, n_head=2, n_embd=32)).eval()
+    model.init_weights()
+    for param in model.parameters():
+        param.data.mul_(6 if param.dim() == 2 else 1)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(72, 32))
+    loaded = SimpleNamespace(model=model, info=model_info(48))
+    prompt = [7 * i % 65 for i in range(21)]
+    requests = [
+        request("a", prompt, n=3, max_tokens=9, logprobs=None, seed=5),
+        request("b", prompt[:18], max_tokens=6, logprobs=0, temperature=0.0),
+    ]
+    options = {"rank": 0, "device": "cpu", "num_kv_blocks": 20, "max_num_seqs": 5}
+    expected = run_all(Engine(loaded, **options), *requests)
+    backend = TritonBackend(fixed_tiles=deterministic)
+    monkeypatch.setattr(attention, "select_backend", lambda *_, **__: backend)
+    results = [
+        run_all(Engine(loaded, **options, max_batch_tokens=budget, burst_steps=steps), *requests)
+        for budget, steps in ((64, 4), (16, 0))
+    ]
+    for result in results:
+        assert result.tokens == expected.tokens
+    if deterministic:
+        assert results[0].logprobs == results[1].logprobs

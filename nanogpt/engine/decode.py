@@ -149,7 +149,7 @@ class Decoder:
         state.step.zero_()
         for _ in range(steps):
             self._step(bucket)
-        return Fetched(state.sampled[:steps, :rows])
+        return Fetched(state.sampled[:steps, :rows].contiguous())
 
 
 def power_buckets(most: int) -> list[int]:

@@ -176,12 +176,14 @@ class Engine:
 
     def warm_up(self) -> None:
         """Pay for first calls (allocations, lazily loaded code) before a client has to."""
+        prompt = (self.info.start_token_id,) * min(2, self.info.context_length - 1)
+        room = self.info.context_length - len(prompt)
         request = GenerateRequest(
             request_id="warm-up",
             model=self.info.name,
-            prompts=((self.info.start_token_id,),),
+            prompts=(prompt,),
             n=2,
-            params=SamplingParams(seed=0, max_tokens=min(4, self.info.context_length - 1)),
+            params=SamplingParams(seed=0, max_tokens=min(4, room)),
             owners=(self._rank, self._rank),
         )
         self.add(request)
