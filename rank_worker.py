@@ -16,6 +16,7 @@ from nanogpt import log as logging_setup
 from nanogpt import options, process
 from nanogpt.cluster import respawn
 from nanogpt.cluster.keeper import OWNER_VARIABLE, FrontEndKeeper
+from nanogpt.cluster.suspicion import PEER_LOST
 from nanogpt.config import ServeConfig
 from nanogpt.errors import EngineError, StartupError
 from nanogpt.ranks import Ranks
@@ -24,8 +25,9 @@ from nanogpt.rundir import RunDir
 log = logging.getLogger("rank_worker")
 
 
-def serve(config: ServeConfig, ranks: Ranks, run_dir: RunDir, progress: respawn.Progress) -> int:
+def serve(config: ServeConfig, ranks: Ranks, run_dir: RunDir, life: respawn.Life) -> int:
     """The rank: load everything, then turn the loop until this process ends."""
+    from nanogpt.cluster.broadcast import PeerLost
     from nanogpt.cluster.lead import Lead
     from nanogpt.cluster.process_group import open_group
     from nanogpt.cluster.rank_loop import RankLoop
@@ -40,11 +42,22 @@ def serve(config: ServeConfig, ranks: Ranks, run_dir: RunDir, progress: respawn.
             hello = Lead.hello(ranks.world_size, tuple(e.info for e in engines.values()))
             control = ControlLink(run_dir.control)
             lead = Lead(control, broadcast, hello, config.cluster.heartbeat_s)
-        loop = RankLoop(ranks, engines, broadcast, lead, config.cluster.heartbeat_s, progress.mark)
+        loop = RankLoop(
+            ranks,
+            engines,
+            broadcast,
+            lead,
+            config.cluster.heartbeat_s,
+            before=life.before,
+            on_progress=life.mark,
+        )
         while True:
             loop.turn()
     except StartupError as error:
         return refuse(error, run_dir)
+    except PeerLost as error:
+        log.error("%s", error)
+        return PEER_LOST
     except EngineError as error:
         log.error("%s", error)
         return 1
@@ -84,7 +97,7 @@ def main(argv: list[str]) -> int:
         tick = keeper.ensure if ranks.rank == 0 else lambda: None
         tick()  # the front end starts while this process imports torch
         preload()
-        return respawn.keep_alive(lambda p: serve(config, ranks, run_dir, p), tick)
+        return respawn.keep_alive(lambda life: serve(config, ranks, run_dir, life), tick)
     except StartupError as error:
         return refuse(error, run_dir)
 

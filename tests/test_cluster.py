@@ -28,7 +28,7 @@ from nanogpt.cluster.messages import (
 )
 from nanogpt.cluster.placement import Placement
 from nanogpt.cluster.transport import ControlLink, EventLink, FrontEndSockets
-from nanogpt.cluster.watch import Watch
+from nanogpt.cluster.watch import Hang, Watch
 from nanogpt.errors import InvalidRequest, Unavailable
 from nanogpt.registry import ModelInfo, TokenizerSpec
 from nanogpt.request import (
@@ -190,15 +190,23 @@ class Killed(list):
         )
 
 
+def looks(watch: Watch, until: float, *beats: int) -> list[Hang]:
+    """Check once a second up to this time; the ranks of `beats` beat each time."""
+    found = []
+    for second in range(1, int(until) + 1):
+        for rank in beats:
+            watch.beat(rank, 0.0, float(second))
+        found += watch.check(float(second))
+    return found
+
+
 def test_watch_kills_a_silent_rank_once():
     killed = Killed()
     watch = killed.watch()
     watch.join(0, 0, 100, now=0.0)
     watch.join(1, 0, 101, now=0.0)
-    watch.beat(0, 0.0, now=2.0)
-    assert watch.check(now=2.9) == []
-    assert watch.check(now=3.1) == [1]
-    assert watch.check(now=9.0) == []
+    assert looks(watch, 3.0, 0) == []
+    assert looks(watch, 9.0, 0) == [Hang(1, stuck=False)]
     assert killed == [101]
 
 
@@ -209,7 +217,7 @@ def test_watch_kills_a_stuck_rank_but_not_a_slow_one():
     watch.beat(0, 59.0, now=59.0)
     assert watch.check(now=59.1) == []
     watch.beat(0, 61.0, now=61.0)
-    assert watch.check(now=61.1) == [0]
+    assert watch.check(now=61.1) == [Hang(0, stuck=True)]
     assert killed == [100]
 
 
@@ -218,20 +226,33 @@ def test_watch_ends_the_group_for_a_rank_on_another_node():
     watch = killed.watch()
     watch.join(0, 0, 100, now=0.0)
     watch.join(1, 1, 101, now=0.0)
-    watch.beat(0, 0.0, now=5.0)
-    assert watch.check(now=5.0) == [1]
+    assert looks(watch, 5.0, 0) == [Hang(1, stuck=False)]
     assert killed == [100]
 
 
-def test_watch_leaves_a_group_alone_whose_rank_died():
-    """torchrun is ending it: silence of the others is no news, and no reason to say they hang."""
+def test_watch_leaves_the_dead_alone_but_not_who_hangs_beside_them():
+    """A stopped rank does not notice that another one died: nothing went on until it was killed.
+    Found by the chaos command: SIGSTOP of one rank, and another one exits before the watchdog's
+    time."""
     killed = Killed()
     watch = killed.watch()
     watch.join(0, 0, 100, now=0.0)
     watch.join(1, 0, 101, now=0.0)
     killed.ended = frozenset({101})
-    assert watch.check(now=5.0) == []
-    assert killed == []
+    assert looks(watch, 9.0) == [Hang(0, stuck=False)]
+    assert killed == [100]
+
+
+def test_watch_does_not_count_the_time_in_which_it_was_stopped_itself():
+    """After a SIGSTOP of the front end the beats of that time are still to be read."""
+    killed = Killed()
+    watch = killed.watch()
+    watch.join(0, 0, 100, now=0.0)
+    assert watch.check(now=1.0) == []
+    assert watch.check(now=31.0) == []
+    assert watch.check(now=31.5) == []
+    assert watch.check(now=32.9) == []
+    assert watch.check(now=33.2) == [Hang(0, stuck=False)]
 
 
 # The client, over real sockets, with ranks that the test plays
@@ -246,13 +267,14 @@ class Workers:
         self.links: list[EventLink] = []
         self.epoch = 0
 
-    def join(self) -> None:
+    def join(self, before: int = 0, pid: int = 1) -> None:
+        """Come up in the places of ranks that ended so."""
         self.control.send(Hello(PROTOCOL_VERSION, self.world_size, (INFO,), 1))
         welcome = self.receive(Welcome)
         self.epoch = welcome.epoch
         for rank in range(self.world_size):
             self.links.append(EventLink(welcome, is_local=True))
-            self.links[-1].send(RankReady(self.epoch, rank, 0, 1))
+            self.links[-1].send(RankReady(self.epoch, rank, 0, pid, before))
 
     def receive(self, kind):
         """The next message, which must be of this kind."""

@@ -28,13 +28,13 @@ SCRIPT = """
 import os, signal, sys, time
 from nanogpt.cluster import respawn
 respawn.MOST_DEATHS = 3
-def work(progress):
+def work(life):
     with open(sys.argv[1], "a") as file:
         file.write("x")
     number = os.path.getsize(sys.argv[1])
     act = sys.argv[2].split(",")[number - 1]
     if act == "token":
-        progress.mark()
+        life.mark()
         return 1
     if act == "raise":
         raise RuntimeError("why")
@@ -70,7 +70,7 @@ def test_a_token_in_between_starts_the_count_again(tmp_path):
 def test_child_dies_with_its_parent(tmp_path):
     code = (
         "import os, time; from nanogpt.cluster import respawn\n"
-        "def work(progress):\n"
+        "def work(life):\n"
         "    print(os.getpid(), flush=True)\n"
         "    time.sleep(60)\n"
         "respawn.keep_alive(work, lambda: None)"

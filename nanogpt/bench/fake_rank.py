@@ -120,7 +120,7 @@ def main(argv: Sequence[str]) -> None:
     beat_s = config.cluster.heartbeat_s
     lead = Lead(ControlLink(run_dir.control), broadcast, Lead.hello(1, (MODEL,)), beat_s)
     engines = {MODEL.name: TokenGenerator(float(rate))}
-    loop = RankLoop(ALONE, engines, broadcast, lead, beat_s, lambda: None)
+    loop = RankLoop(ALONE, engines, broadcast, lead, beat_s)
     while True:
         loop.turn()
 

@@ -103,6 +103,15 @@ class ChaosCluster:
         """Processes of a role; "rank" stands for all ranks."""
         return [m.pid for m in self.members() if m.role == role or m.role.split()[0] == role]
 
+    def wait_for(self, role: str) -> list[int]:
+        """As `pids`, once there are any. Raises ClusterError."""
+        deadline = time.monotonic() + READY_S
+        while not (found := self.pids(role)):
+            if time.monotonic() > deadline:
+                raise ClusterError(f"no {role} for {READY_S:.0f} s: see {self.log}")
+            time.sleep(0.02)
+        return found
+
     def log_size(self) -> int:
         return self.log.stat().st_size
 

@@ -14,8 +14,9 @@ DRAIN_S = 60.0  # for a launcher that drains to end
 
 
 class Injury(NamedTuple):
-    """What was done. `new_epoch`: whether the cluster needs a new worker group to recover."""
+    """What was done, and when. `new_epoch`: whether only a new worker group can recover."""
 
+    at: float
     detail: str
     new_epoch: bool = True
     problem: str = ""
@@ -38,22 +39,33 @@ def _signal(pids: list[int], number: signal.Signals) -> str:
 
 def _one(role: str, number: signal.Signals) -> Inject:
     def inject(cluster: ChaosCluster, rng: random.Random) -> Injury:
-        pids = cluster.pids(role)
-        return Injury(_signal(rng.sample(pids, min(1, len(pids))), number))
+        pid = rng.choice(cluster.wait_for(role))
+        return Injury(time.monotonic(), _signal([pid], number))
 
     return inject
 
 
 def _all_of(role: str, number: signal.Signals = signal.SIGKILL) -> Inject:
-    return lambda cluster, rng: Injury(_signal(cluster.pids(role), number))
+    def inject(cluster: ChaosCluster, rng: random.Random) -> Injury:
+        pids = cluster.wait_for(role)
+        return Injury(time.monotonic(), _signal(pids, number))
+
+    return inject
+
+
+def _hang_rank(cluster: ChaosCluster, rng: random.Random) -> Injury:
+    """The loop of a rank stops; the process goes on beating. Only a rank that has joined has one:
+    see hooks/sitecustomize.py."""
+    cluster.wait_ready()
+    return _one("rank", signal.SIGUSR2)(cluster, rng)
 
 
 def _stop_front_end(cluster: ChaosCluster, rng: random.Random) -> Injury:
-    pids, seconds = cluster.pids("worker"), rng.uniform(0.2, LONGEST_STOP_S)
-    detail = _signal(pids, signal.SIGSTOP)
+    pids, seconds = cluster.wait_for("worker"), rng.uniform(0.2, LONGEST_STOP_S)
+    at, detail = time.monotonic(), _signal(pids, signal.SIGSTOP)
     time.sleep(seconds)
     _signal(pids, signal.SIGCONT)
-    return Injury(f"{detail} for {seconds:.1f} s", new_epoch=False)
+    return Injury(at, f"{detail} for {seconds:.1f} s", new_epoch=False)
 
 
 def _drain(cluster: ChaosCluster, rng: random.Random) -> Injury:
@@ -65,7 +77,7 @@ def _drain(cluster: ChaosCluster, rng: random.Random) -> Injury:
     if left:
         problem = f"the drain left behind: {'; '.join(left)}"
     cluster.start()
-    return Injury(f"drained in {took:.1f} s", problem=problem)
+    return Injury(started, f"drained in {took:.1f} s", problem=problem)
 
 
 FAULTS: dict[str, Inject] = {
@@ -73,7 +85,7 @@ FAULTS: dict[str, Inject] = {
     "kill-all": _all_of("rank"),
     "exit-rank": _one("rank", signal.SIGUSR1),  # with code 0: see hooks/sitecustomize.py
     "stop-rank": _one("rank", signal.SIGSTOP),
-    "hang-rank": _one("rank", signal.SIGUSR2),  # its loop only: the process goes on beating
+    "hang-rank": _hang_rank,
     "kill-parent": _one("parent", signal.SIGKILL),  # of a rank
     "kill-torchrun": _all_of("torchrun"),
     "stop-frontend": _stop_front_end,

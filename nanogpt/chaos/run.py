@@ -202,7 +202,7 @@ def _strike(
     cluster: ChaosCluster, load: Load, number: int, kind: str, rng: random.Random, *, wait: bool
 ) -> Fault:
     """One fault; the first token after it is waited for unless the next one is to come sooner."""
-    epoch, log_size, at = cluster.epoch(), cluster.log_size(), time.monotonic()
+    epoch, log_size = cluster.epoch(), cluster.log_size()
     injury = FAULTS[kind](cluster, rng)
     healed, loading_s, problem = None, 0.0, injury.problem
     if wait and not problem:
@@ -217,7 +217,7 @@ def _strike(
     return Fault(
         number=number,
         kind=kind,
-        at=at,
+        at=injury.at,
         healed=healed,
         loading_s=loading_s,
         detail=injury.detail,

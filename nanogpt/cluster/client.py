@@ -3,6 +3,7 @@
 One I/O thread owns the sockets, the epoch and every handle's progress. HTTP threads talk to it
 through a deque and an eventfd. A worker group that comes (back) says Hello, gets a new epoch, and
 receives every unfinished request again together with the tokens that its choices have so far.
+What a group may have died of is in suspicion.py.
 """
 
 import logging
@@ -32,6 +33,7 @@ from nanogpt.cluster.messages import (
     Submit,
 )
 from nanogpt.cluster.placement import Placement
+from nanogpt.cluster.suspicion import Suspicion, is_suspect
 from nanogpt.cluster.transport import FrontEndSockets
 from nanogpt.cluster.watch import Watch
 from nanogpt.errors import InvalidRequest, ModelNotFound, Unavailable
@@ -40,6 +42,11 @@ from nanogpt.request import EngineEvent, EngineStats, GenerateRequest
 from nanogpt.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
+
+# New requests wait for a group that restarts; one that has not brought a token for so long may not
+# come back soon, and then they are better off elsewhere.
+RESTART_PATIENCE_S = 30.0
+COME_BACK_S = 10  # Retry-After, then
 
 
 class ClusterStatus(NamedTuple):
@@ -56,7 +63,11 @@ class _Group:
     def __init__(self, epoch: int, identity: bytes, hello: Hello) -> None:
         self.epoch, self.identity, self.hello = epoch, identity, hello
         self.joined: set[int] = set()
+        self.ends: list[int] = []  # of the processes whose places its ranks took
         self.ready = False
+        self.dead = False
+        self.sent: set[str] = set()  # ids of unfinished requests that it has
+        self.trial: RequestHandle | None = None  # a suspect that runs alone
 
 
 class ClusterClient:
@@ -85,6 +96,8 @@ class ClusterClient:
         self._outstanding = 0
         self._handles: dict[str, RequestHandle] = {}
         self._group: _Group | None = None
+        self._suspicion = Suspicion()
+        self._down_since: float | None = None  # a group died, and no token has come since
         self._last_epoch = 0
         self._models: dict[str, ModelInfo] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
@@ -123,6 +136,8 @@ class ClusterClient:
             detail = "draining: no new requests are taken"
         elif group is None:
             detail = "the workers are starting"
+        elif group.dead:
+            detail = "a rank has died: the workers are restarting"
         elif not group.ready:
             detail = f"{len(group.joined)} of {ranks} ranks have joined"
         else:
@@ -144,7 +159,8 @@ class ClusterClient:
 
         One that was interrupted says in `resumed` and `finished` what it has already.
         While a worker group restarts the request waits for the next one. Raises Unavailable
-        before the first group has come, while draining, and when too much is outstanding.
+        before the first group has come, when one does not come back, while draining, and when too
+        much is outstanding.
         """
         if self._draining:
             raise Unavailable(
@@ -154,6 +170,13 @@ class ClusterClient:
             )
         if self._group is None or not self._models:
             raise Unavailable("the model is being loaded; try again soon", code="starting")
+        down_since = self._down_since
+        if down_since is not None and time.monotonic() - down_since > RESTART_PATIENCE_S:
+            raise Unavailable(
+                "the workers died and are not back yet; try again later",
+                code="starting",
+                retry_after=COME_BACK_S,
+            )
         total = len(request.prompts) * request.n
         count = total - len(request.finished)
         if count > self._max_outstanding:
@@ -209,6 +232,8 @@ class ClusterClient:
             self._owner_fd = None
             if self._on_orphaned:
                 self._on_orphaned()
+        if readable and not readable.isdisjoint(self._watch.pidfds):
+            self._bury()
         while self._calls:
             self._calls.popleft()()
         try:
@@ -218,8 +243,9 @@ class ClusterClient:
                 self._event(event)
         except ProtocolError as error:
             log.error("dropped a message: %s", error)
-        if self._group and self._group.ready:
-            self._watch.check(time.monotonic())
+        for hang in self._watch.check(time.monotonic()):
+            if hang.stuck:
+                self._suspicion.stuck()
 
     def _end(self) -> None:
         self._stop = True
@@ -234,6 +260,8 @@ class ClusterClient:
         if hello.version != PROTOCOL_VERSION:
             log.error("refused workers of protocol %d, not %d", hello.version, PROTOCOL_VERSION)
             return
+        if self._group is not None and self._group.identity == identity:
+            return  # it was asked twice to introduce itself
         # Larger than any epoch an earlier front end granted: the clock counts in between.
         self._last_epoch = max(self._last_epoch + 1, int(time.time() * 1000))
         for info in hello.models:
@@ -242,10 +270,25 @@ class ClusterClient:
                 self._tokenizers[info.name] = load_tokenizer(info.tokenizer)
         self._models = {info.name: info for info in hello.models}
         self._stats.clear()
+        self._bury()
         self._group = _Group(self._last_epoch, identity, hello)
         self._watch.begin()
         log.info("epoch %d: %d ranks, pid %d", self._last_epoch, hello.world_size, hello.pid)
         self._sockets.send(identity, self._sockets.welcome(self._last_epoch))
+
+    def _bury(self) -> None:
+        """The group is over: a rank has ended, or another group is there. Events that are still on
+        their way are good until the next one comes."""
+        group = self._group
+        if group is None or group.dead:
+            return
+        for pidfd in self._watch.pidfds:
+            self._sockets.unwatch(pidfd)
+        group.dead, group.ready = True, False
+        if group.sent:
+            self._suspicion.died(self._handles[i] for i in group.sent)
+        if self._down_since is None:
+            self._down_since = time.monotonic()
 
     def _event(self, message: FromRank) -> None:
         group = self._group
@@ -260,25 +303,55 @@ class ClusterClient:
             self._join(group, message)
 
     def _join(self, group: _Group, message: RankReady) -> None:
+        if group.dead or message.rank in group.joined:
+            return
         group.joined.add(message.rank)
-        self._watch.join(message.rank, message.node, message.pid, time.monotonic())
-        if group.ready or len(group.joined) < group.hello.world_size:
+        group.ends.append(message.before)
+        pidfd = self._watch.join(message.rank, message.node, message.pid, time.monotonic())
+        if pidfd is not None:
+            self._sockets.watch(pidfd)
+        if len(group.joined) < group.hello.world_size:
             return
         with self._lock:
             self._placement = Placement(group.hello.world_size)
         group.ready = True
+        self._judge(group)
         if self._handles:
             log.info("epoch %d goes on with %d requests", group.epoch, len(self._handles))
-        for handle in list(self._handles.values()):
-            self._resume(handle)
+        else:
+            self._down_since = None
+        self._send_waiting(group)
         if self._on_ready:
             self._on_ready(self.status(), self.models())
+
+    def _judge(self, group: _Group) -> None:
+        guilty = self._suspicion.judge(group.ends)
+        if isinstance(guilty, RequestHandle):
+            log.error("request %s kills the engines: it is given up", guilty.request_id)
+            self._fail(guilty, "the engines died of this request, and again when it ran alone")
+
+    def _send_waiting(self, group: _Group) -> None:
+        """Send what the group does not have: a suspect first, with nothing else but what has been
+        cleared; everything when there is none."""
+        waiting = [h for h in self._handles.values() if h.request_id not in group.sent]
+        suspects = [handle for handle in waiting if is_suspect(handle)]
+        group.trial = max(suspects, key=lambda handle: handle.blame, default=None)
+        for handle in waiting if group.trial is None else [group.trial]:
+            self._resume(handle)
+
+    def _end_trial(self) -> None:
+        """After a token or an end: go on if it was that of the suspect."""
+        group = self._group
+        if group is None or not group.ready or group.trial is None:
+            return
+        if group.trial.done or not is_suspect(group.trial):
+            self._send_waiting(group)
 
     def _admit(self, handle: RequestHandle) -> None:
         self._handles[handle.request_id] = handle
         group = self._group
-        if group is None or not group.ready:
-            return  # it is sent when the group is there
+        if group is None or not group.ready or group.trial is not None:
+            return  # it is sent when the group is there, and nobody runs alone
         if handle.placement is self._placement:
             self._submit(group, handle.request)
         else:  # accepted just before this group came
@@ -288,8 +361,7 @@ class ClusterClient:
         """Place what remains of a request on the present group, and send it."""
         assert self._group is not None
         if handle.request.model not in self._models:
-            self._release(handle, handle.fail("the model is no longer there"))
-            self._forget(handle)
+            self._fail(handle, "the model is no longer there")
             return
         with self._lock:
             owners = self._placement.place(len(handle.owners), tuple(handle.finished))
@@ -297,7 +369,12 @@ class ClusterClient:
         handle.request = msgspec.structs.replace(handle.request, owners=owners)
         self._submit(self._group, handle.remaining())
 
+    def _fail(self, handle: RequestHandle, message: str) -> None:
+        self._release(handle, handle.fail(message))
+        self._forget(handle)
+
     def _submit(self, group: _Group, request: GenerateRequest) -> None:
+        group.sent.add(request.request_id)
         self._tell(group, Submit(group.epoch, request))
 
     def _tell(self, group: _Group, message: Message) -> None:
@@ -319,6 +396,9 @@ class ClusterClient:
             handle.deliver(events)
             if handle.done:
                 self._forget(handle)
+        if fresh and self._down_since is not None and self._group and self._group.ready:
+            self._down_since = None
+        self._end_trial()
 
     def _apply_cancel(self, handle: RequestHandle, index: int | None) -> None:
         if handle.request_id not in self._handles:
@@ -331,6 +411,7 @@ class ClusterClient:
             self._tell(self._group, Cancel(self._group.epoch, handle.request_id, index))
         if handle.done:
             self._forget(handle)
+            self._end_trial()
 
     def _release(self, handle: RequestHandle, indices: Collection[int]) -> None:
         if indices:
@@ -340,3 +421,5 @@ class ClusterClient:
 
     def _forget(self, handle: RequestHandle) -> None:
         del self._handles[handle.request_id]
+        if self._group:
+            self._group.sent.discard(handle.request_id)

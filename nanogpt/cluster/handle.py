@@ -41,6 +41,7 @@ class RequestHandle:
         self._generated = [list(tokens) for tokens in request.resumed] or [[] for _ in range(count)]
         self._scored = [0] * len(request.prompts)  # prompt log probabilities seen
         self.finished = set(request.finished)  # also cancelled choices
+        self.blame = 0  # for groups that died with it, since its latest token
 
     @property
     def request_id(self) -> str:
@@ -99,6 +100,7 @@ class RequestHandle:
         if event.position != len(seen):
             return None, ()
         seen.extend(event.token_ids)
+        self.blame = 0
         if event.finish_reason is None:
             return event, ()
         self.finished.add(event.index)
@@ -112,6 +114,7 @@ class RequestHandle:
         if known < 0 or known >= len(event.logprobs):
             return None
         self._scored[event.prompt_i] += len(event.logprobs) - known
+        self.blame = 0
         if known == 0:
             return event
         return msgspec.structs.replace(

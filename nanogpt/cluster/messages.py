@@ -107,12 +107,17 @@ class Frame(Message, frozen=True):
 
 
 class RankReady(Message, frozen=True):
-    """This rank has joined the epoch and takes requests."""
+    """This rank has joined the epoch and takes requests.
+
+    `before`: how the process ended whose place it took, as an exit code or the negative number of
+    a signal; 0 when there was none.
+    """
 
     epoch: int
     rank: int
     node: int
     pid: int
+    before: int = 0
 
 
 class EventBatch(Message, frozen=True):

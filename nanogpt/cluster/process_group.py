@@ -6,7 +6,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from nanogpt.cluster.broadcast import GROUP_TIMEOUT, Broadcast
+from nanogpt.cluster.broadcast import GROUP_TIMEOUT, Broadcast, PeerLost
 from nanogpt.ranks import Ranks
 
 STORE_TIMEOUT = timedelta(seconds=60)  # for torchrun's store to answer
@@ -17,10 +17,17 @@ LOOK_EVERY_S = 0.005
 def open_group(ranks: Ranks) -> Broadcast:
     """The broadcast from rank 0, once all ranks are there. Call before any thread is started.
 
-    One rank needs no network. Raises RuntimeError when a rank goes while they connect.
+    One rank needs no network. Raises PeerLost when a rank goes while they connect.
     """
     if ranks.world_size == 1:
         return Broadcast(0, 1, None)
+    try:
+        return _connect(ranks)
+    except RuntimeError as error:  # torch's own errors are all of this kind
+        raise PeerLost(f"the ranks could not connect: {error}") from error
+
+
+def _connect(ranks: Ranks) -> Broadcast:
     store = dist.TCPStore(
         ranks.store_host, ranks.store_port, is_master=False, timeout=STORE_TIMEOUT
     )

@@ -44,11 +44,14 @@ class RankLoop:
         broadcast: Broadcast,
         lead: Lead | None,
         heartbeat_s: float,
-        on_progress: Callable[[], None],
+        *,
+        before: int = 0,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_progress` is called whenever this rank has brought something forth."""
+        """`before`: how the process ended whose place this one took (see RankReady);
+        `on_progress` is called whenever this rank has brought something forth."""
         self._ranks, self._engines, self._broadcast = ranks, engines, broadcast
-        self._on_progress = on_progress
+        self._before, self._on_progress = before, on_progress
         self._lead, self._heartbeat_s = lead, heartbeat_s
         self._decode: Decoder[Frame] = Decoder(Frame)
         self._epoch = 0
@@ -100,7 +103,8 @@ class RankLoop:
             welcome, self._ranks.rank, is_local, self._heartbeat_s, lambda: self._stats
         )
         self._publish_stats()
-        self._link.send(RankReady(self._epoch, self._ranks.rank, self._ranks.node, os.getpid()))
+        ranks = self._ranks
+        self._link.send(RankReady(self._epoch, ranks.rank, ranks.node, os.getpid(), self._before))
         log.info("joined epoch %d", self._epoch)
 
     def _submit(self, request: GenerateRequest) -> None:

@@ -27,11 +27,13 @@ MOST_DEATHS = 10  # then everything starts from nothing, should the fault be in 
 NO_USE = 2  # exit code of a rank that another one would share
 
 
-class Progress:
-    """A byte that parent and child share: the child says that it was of use."""
+class Life:
+    """What parent and child tell each other. `before`: how the child before this one ended, as an
+    exit code or the negative number of a signal; 0 for the first."""
 
     def __init__(self) -> None:
-        self._byte = mmap.mmap(-1, 1)
+        self._byte = mmap.mmap(-1, 1)  # shared: the child says that it was of use
+        self.before = 0
 
     def mark(self) -> None:
         self._byte[0] = 1
@@ -47,19 +49,20 @@ def pause_after(deaths: int) -> float:
     return 0.0 if extra <= 0 else min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (extra - 1))
 
 
-def keep_alive(work: Callable[[Progress], int], tick: Callable[[], None]) -> int:
+def keep_alive(work: Callable[[Life], int], tick: Callable[[], None]) -> int:
     """Run `work` in a forked child, again and again. `tick` is called twice a second meanwhile.
 
     Returns an exit code when another child would be of no use.
     """
     gc.collect()
     gc.freeze()  # what is here stays: a collection in the child must not copy its pages
-    progress, deaths = Progress(), 0
+    life, deaths = Life(), 0
     while True:
-        code = _run(work, progress, tick)
+        code = _run(work, life, tick)
         if code == NO_USE:
             return code
-        deaths = 1 if progress.take() else deaths + 1
+        life.before = code
+        deaths = 1 if life.take() else deaths + 1
         if deaths > MOST_DEATHS:
             log.error("%d ranks in a row died before their first token: starting anew", deaths)
             return 1
@@ -72,7 +75,7 @@ def keep_alive(work: Callable[[Progress], int], tick: Callable[[], None]) -> int
             time.sleep(min(TICK_S, max(0.0, end - time.monotonic())))
 
 
-def _run(work: Callable[[Progress], int], progress: Progress, tick: Callable[[], None]) -> int:
+def _run(work: Callable[[Life], int], life: Life, tick: Callable[[], None]) -> int:
     """One child, from fork to end; its exit code, or the negative number of its signal."""
     parent = os.getpid()
     sys.stdout.flush()
@@ -82,7 +85,7 @@ def _run(work: Callable[[Progress], int], progress: Progress, tick: Callable[[],
         code = 1
         try:
             process.die_with_parent(parent)
-            code = work(progress)
+            code = work(life)
         except Exception:
             log.critical("the rank failed", exc_info=True)
         finally:
