@@ -45,7 +45,7 @@ def choose_device(config: ServeConfig, ranks: Ranks) -> torch.device:
 
 
 def choose_dtype(config: ServeConfig, device: torch.device) -> WeightDtype:
-    """What weights are loaded in; "auto" is what the device is fastest with. StartupError if none."""
+    """What weights are loaded in; "auto" is what the device is fastest with; or StartupError."""
     if config.dtype in DTYPES:
         return DTYPES[config.dtype]
     if config.dtype == "int8" and not (device.type == "cpu" and load_kernels()):
