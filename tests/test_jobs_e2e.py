@@ -116,7 +116,7 @@ def test_a_dropped_stream_is_taken_up_where_it_was(client):
 
 
 def test_cancel_and_delete(client):
-    accepted = create(client, n=4, max_tokens=240, background=True)
+    accepted = create(client, n=32, max_tokens=240, background=True)
     cancelled = client.post(f"/completions/{accepted.id}/cancel", cast_to=Completion)
     assert cancelled.status in ("in_progress", "cancelled")
     assert poll(client, accepted.id).status == "cancelled"

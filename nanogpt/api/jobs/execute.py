@@ -219,6 +219,8 @@ class _Keeper:
             return
         self._text.mark_kept()
         self._keep_at = time.monotonic() + self._interval
+        if self._lease.cancelled:
+            raise ClientGone
 
     def cancel(self, index: int | None = None) -> None:
         self._handle.cancel(index)
