@@ -135,17 +135,28 @@ def _build(
         config.engine.max_num_seqs,
     )
     return {
-        m.info.name: Engine(
-            m,
-            rank=ranks.rank,
-            device=device,
-            num_kv_blocks=blocks,
-            block_size=size,
-            max_num_seqs=config.engine.max_num_seqs,
-            max_batch_tokens=config.engine.max_batch_tokens,
-            # On a CPU Python is not what a step waits for.
-            burst_steps=config.engine.burst_steps if device.type == "cuda" else 0,
-            deterministic=config.engine.deterministic,
-        )
+        m.info.name: build_engine(m, blocks, config, ranks, device)
         for m, blocks in zip(loaded, num_blocks, strict=True)
     }
+
+
+def build_engine(
+    loaded: LoadedModel,
+    num_kv_blocks: int,
+    config: ServeConfig,
+    ranks: Ranks,
+    device: torch.device,
+) -> Engine:
+    """The model's engine, as it is configured."""
+    return Engine(
+        loaded,
+        rank=ranks.rank,
+        device=device,
+        num_kv_blocks=num_kv_blocks,
+        block_size=config.engine.block_size,
+        max_num_seqs=config.engine.max_num_seqs,
+        max_batch_tokens=config.engine.max_batch_tokens,
+        # On a CPU Python is not what a step waits for.
+        burst_steps=config.engine.burst_steps if device.type == "cuda" else 0,
+        deterministic=config.engine.deterministic,
+    )
