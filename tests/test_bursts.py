@@ -249,7 +249,8 @@ def test_logits_that_are_not_finite_fail_their_request_only(
 ) -> None:
     good = request("good", prompt_of(20), max_tokens=20, ignore_eos=True)
     expected = run_all(engine_of(loaded), good).tokens
-    hidden, calls = loaded.model.hidden, []
+    engine, calls = engine_of(loaded, burst_steps=8), list[int]()
+    hidden = loaded.model.hidden
 
     def breaking(*args: Any) -> torch.Tensor:
         out = hidden(*args)
@@ -259,7 +260,6 @@ def test_logits_that_are_not_finite_fail_their_request_only(
         return out
 
     monkeypatch.setattr(loaded.model, "hidden", breaking)
-    engine = engine_of(loaded, burst_steps=8)
     bad = request("bad", prompt_of(9, 1), n=2, max_tokens=20, ignore_eos=True)
     result = run_all(engine, good, bad)
     assert [*result.failed] == ["bad"]
