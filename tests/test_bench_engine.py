@@ -14,18 +14,18 @@ CONFIG = GPTConfig(block_size=16, vocab_size=40, n_layer=3, n_head=2, n_embd=8)
 
 def test_shape_counts_what_a_step_reads():
     model = GPT(CONFIG)
-    shape = Shape.of(CONFIG, model.num_parameters(), 2, 2)
+    shape = Shape.of(CONFIG, model.num_parameters(), item_bytes=2, kv_item_bytes=4)
     read = sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel()
     assert shape.weights == read
     assert shape.weight_bytes == 2 * read
-    assert shape.kv_bytes == 2 * 3 * 8 * 2  # keys and values, layers, channels, bytes
+    assert shape.kv_bytes == 2 * 3 * 8 * 4  # keys and values, layers, channels, bytes
 
 
 def test_least_time_is_the_longer_of_reading_and_multiplying():
     shape = Shape(weight_bytes=1000, kv_bytes=10, weights=500, attention_width=4)
-    slow_memory = Roof(bytes_per_s=100, flops_per_s=1e12, dtype="float32")
+    slow_memory = Roof(bytes_per_s=100, flops_per_s=1e12, products="float32")
     assert shape.decode_s(slow_memory, batch=2, context=5) == (1000 + 2 * 5 * 10) / 100
-    slow_units = Roof(bytes_per_s=1e12, flops_per_s=10, dtype="float32")
+    slow_units = Roof(bytes_per_s=1e12, flops_per_s=10, products="float32")
     assert shape.decode_s(slow_units, batch=2, context=5) == 2 * (2 * 500 + 4 * 5 * 4) / 10
     assert shape.prefill_s(slow_units, length=6) == 6 * (2 * 500 + 2 * 6 * 4) / 10
 
@@ -34,7 +34,7 @@ def test_roof_is_measured():
     roof = measure(torch.device("cpu"), torch.float32)
     assert roof.bytes_per_s > 1e8
     assert roof.flops_per_s > 1e8
-    assert roof.dtype == "float32"
+    assert roof.products == "float32"
 
 
 def test_engine_sweep(capsys, tmp_path):

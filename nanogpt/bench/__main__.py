@@ -7,8 +7,11 @@ serve     load over HTTP on any OpenAI-compatible server: latencies, throughput,
   scaling   tokens a second by choices of a request and by ranks
 """
 
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
 
 from nanogpt.bench import compare, engine, frontend, scaling, serve
 from nanogpt.bench.options import Parser
@@ -45,5 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    """As Ctrl-C does: servers that were started are stopped."""
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _leave)
     sys.exit(main())

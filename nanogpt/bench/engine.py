@@ -38,7 +38,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         epilog=EXAMPLES,
     )
     parser.add_argument("--model", metavar="NAME[=PATH]", help="as for launch.sh")
-    parser.add_argument("--dtype", metavar="auto|float32|bfloat16|float16")
+    parser.add_argument("--dtype", metavar="auto|float32|bfloat16|float16|int8")
     parser.add_argument("--device", metavar="auto|cpu|cuda")
     parser.add_argument("--config", metavar="FILE", help="TOML file, as for launch.sh")
     parser.add_argument(
@@ -70,15 +70,16 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("one model at a time: choose it with --model")
     process.keep_freed_memory()  # as a rank does, before torch is imported
     process.spin_briefly()
+    process.no_blas_threads()
     from nanogpt.bench.sweep import Bench
 
     bench = Bench(config, args.batch, args.context, args.prefill, args.steps)
     roof = bench.roof
     print(
-        f"{bench.info.name}, {bench.info.num_parameters / 1e6:.1f} M parameters, {roof.dtype} on "
-        f"{bench.device}: reads {roof.bytes_per_s / 1e9:.1f} GB/s, multiplies "
-        f"{roof.flops_per_s / 1e9:,.0f} GFLOP/s; KV takes {bench.shape.kv_bytes / 1024:.1f} KiB a "
-        "token",
+        f"{bench.info.name}, {bench.info.num_parameters / 1e6:.1f} M parameters, "
+        f"{bench.info.dtype} on {bench.device}: reads {roof.bytes_per_s / 1e9:.1f} GB/s, "
+        f"multiplies {roof.flops_per_s / 1e9:,.0f} GFLOP/s in {roof.products}; KV takes "
+        f"{bench.shape.kv_bytes / 1024:.1f} KiB a token",
         flush=True,
     )
     prefill, decode = _measure(bench, args)
@@ -149,7 +150,7 @@ def _draw(axes: Sequence, prefill: Sequence["PrefillRow"], decode: Sequence["Dec
     names = [f"{r.batch} x {r.context}" for r in decode]
     below = [0.0] * len(decode)
     for part in ("network_ms", "sampler_ms", "host_ms"):
-        values = [getattr(r, part) for r in decode]
+        values = [getattr(r, part) or 0.0 for r in decode]
         axes[0].bar(names, values, bottom=below, label=part.removesuffix("_ms"))
         below = [b + v for b, v in zip(below, values, strict=True)]
     axes[0].plot(names, [r.least_ms for r in decode], "k_", markersize=20, label="roofline")

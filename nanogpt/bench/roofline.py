@@ -19,11 +19,11 @@ REPEATS = 7
 
 
 class Roof(msgspec.Struct, frozen=True):
-    """What the device does at its best, in `dtype`."""
+    """What the device does at its best."""
 
     bytes_per_s: float
     flops_per_s: float
-    dtype: str
+    products: str  # the type that was multiplied
 
 
 class Shape(msgspec.Struct, frozen=True):
@@ -62,11 +62,10 @@ def synchronize(device: torch.device) -> None:
 
 
 @torch.inference_mode()
-def measure(device: torch.device, dtype: torch.dtype) -> Roof:
-    """Read a large buffer, multiply square matrices; the best of several times."""
-    return Roof(
-        _read_bytes_per_s(device), _flops_per_s(device, dtype), str(dtype).removeprefix("torch.")
-    )
+def measure(device: torch.device, products: torch.dtype) -> Roof:
+    """Read a large buffer, multiply square matrices of that type; the best of several times."""
+    name = str(products).removeprefix("torch.")
+    return Roof(_read_bytes_per_s(device), _flops_per_s(device, products), name)
 
 
 def _read_bytes_per_s(device: torch.device) -> float:

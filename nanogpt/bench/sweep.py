@@ -15,11 +15,10 @@ from nanogpt.bench.alone import ALONE
 from nanogpt.bench.roofline import Roof, Shape, measure, synchronize
 from nanogpt.config import ServeConfig
 from nanogpt.engine.cpu.linear import multiplies_natively
-from nanogpt.engine.engine import Engine
 from nanogpt.engine.kv_cache import blocks_per_context
 from nanogpt.engine.model_runner import ModelRunner
 from nanogpt.engine.sampler import Sampler
-from nanogpt.engine.setup import choose_device, load
+from nanogpt.engine.setup import build_engine, choose_device, load
 from nanogpt.errors import ConfigError
 from nanogpt.registry import sources
 from nanogpt.request import GenerateRequest, RequestFailed, TokenEvent
@@ -38,9 +37,11 @@ class DecodeRow(msgspec.Struct, frozen=True):
     tokens_per_s: float
     least_ms: float  # by the roofline
     roofline: float  # least over measured
-    network_ms: float  # the three in a pass of their own, so that timing does not slow the first
-    sampler_ms: float
-    host_ms: float  # scheduling, packing of a step's inputs, recording
+    # The three in a pass of their own, so that timing does not slow the first; None where the
+    # device runs bursts of steps by itself.
+    network_ms: float | None
+    sampler_ms: float | None
+    host_ms: float | None  # scheduling, packing of a step's inputs, recording
 
 
 class PrefillRow(msgspec.Struct, frozen=True):
@@ -66,12 +67,14 @@ class Bench:
         self.device = choose_device(config, ALONE)
         ((name, source),) = sources(config.models)
         loaded = load(config, name, source, self.device)
-        dtype = loaded.model.wte.weight.dtype
-        item_bytes = 1 if loaded.info.dtype == "int8" else dtype.itemsize
-        self.shape = Shape.of(
-            loaded.model.config, loaded.info.num_parameters, item_bytes, dtype.itemsize
-        )
         self.info = loaded.info
+        stored = loaded.model.wte.weight.dtype
+        self.shape = Shape.of(
+            loaded.model.config,
+            loaded.info.num_parameters,
+            item_bytes=1 if self.info.dtype == "int8" else stored.itemsize,
+            kv_item_bytes=stored.itemsize,
+        )
         whole = self.info.context_length
         self.contexts = contexts or [whole // 8, 3 * whole // 8]
         self.lengths = lengths or [whole // 8, whole // 2, 7 * whole // 8]
@@ -82,17 +85,9 @@ class Bench:
         tokens = max(batches) * (max(self.contexts) + _room(steps) + engine.block_size)
         blocks = blocks_per_context(max(tokens, whole), engine.block_size)
         self._check_memory(blocks * engine.block_size * self.shape.kv_bytes)
-        self._engine = Engine(
-            loaded,
-            rank=0,
-            device=self.device,
-            num_kv_blocks=blocks + max(batches),
-            block_size=engine.block_size,
-            max_num_seqs=engine.max_num_seqs,
-            max_batch_tokens=engine.max_batch_tokens,
-        )
-        widened = self.device.type == "cpu" and not multiplies_natively(dtype)
-        self.roof: Roof = measure(self.device, torch.float32 if widened else dtype)
+        self._engine = build_engine(loaded, blocks + max(batches), config, ALONE, self.device)
+        widened = self.device.type == "cpu" and not multiplies_natively(stored)
+        self.roof: Roof = measure(self.device, torch.float32 if widened else stored)
         self._engine.warm_up()
         self._rng = random.Random(0)
         self._requests = 0
@@ -150,9 +145,9 @@ class Bench:
             tokens_per_s=batch / step,
             least_ms=least * MS,
             roofline=least / step,
-            network_ms=parts["network"] * MS,
-            sampler_ms=parts["sampler"] * MS,
-            host_ms=parts["host"] * MS,
+            network_ms=parts.get("network"),
+            sampler_ms=parts.get("sampler"),
+            host_ms=parts.get("host"),
         )
 
     def _decode_s(self, batch: int) -> float:
@@ -164,12 +159,15 @@ class Bench:
         return (time.perf_counter() - started) * batch / tokens
 
     def _breakdown(self, batch: int, steps: int) -> dict[str, float]:
+        """Milliseconds of a step's parts."""
         with _stopwatches(self.device) as spent:
             started, tokens = time.perf_counter(), 0
             while tokens < steps * batch:
                 tokens += self._step()
             whole = time.perf_counter() - started
-        each = tokens / batch
+        if not spent["run"]:
+            return {}
+        each = tokens / batch / MS
         return {
             "network": (spent["run"] - spent["sample"]) / each,
             "sampler": spent["sample"] / each,
