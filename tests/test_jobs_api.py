@@ -330,8 +330,10 @@ def test_other_weights_are_a_new_plan_before_the_first_token_and_the_end_after_i
         begun = background(client, max_tokens=11)["id"]
         store = app.extensions["nanogpt"].companion._store
         wait_for(lambda: store.read(begun, 0)[1])
-        first.state = first.state._replace(ready=False)
-        waiting = background(client, max_tokens=11, seed=5)["id"]
+    unready = FakeCluster()
+    unready.state = unready.state._replace(ready=False)
+    with jobs_app(tmp_path, unready) as app:
+        waiting = background(app.test_client(), max_tokens=11, seed=5)["id"]
     second = FakeCluster(play([TEXT.encode()]))
     second.infos = {NAME: msgspec.structs.replace(INFO, fingerprint="other")}
     with jobs_app(tmp_path, second) as app:

@@ -356,14 +356,13 @@ def test_a_repeated_batch_is_the_first_one(client):
     assert len(client.batches.list().data) == 1
 
 
-def test_a_missing_input_fails_the_batch(client, cluster):
-    cluster.state = cluster.state._replace(ready=False)
+def test_a_missing_input_fails_the_batch(client, tmp_path):
+    """As when it was deleted before the batch began."""
     file = client.files.create(file=("a", jsonl([line(0)])), purpose="batch")
+    (tmp_path / "files" / file.id).unlink()
     batch = client.batches.create(
         input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
     )
-    client.files.delete(file.id)
-    cluster.state = cluster.state._replace(ready=True)
     done = finished(client, batch.id)
     assert (done.status, [e.code for e in done.errors.data]) == ("failed", ["input_file_gone"])
 
