@@ -1,6 +1,5 @@
-"""The Triton kernels: compiled where there is a GPU, else in Triton's interpreter on the CPU."""
+"""The Triton kernels: compiled where there is a GPU, else in Triton's interpreter (conftest.py)."""
 
-import os
 import random
 from types import SimpleNamespace
 
@@ -23,8 +22,6 @@ from tests.attention_cases import (
 from tests.engine_utils import model_info, request, run_all
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":  # before Triton is first imported
-    os.environ["TRITON_INTERPRET"] = "1"
 tl = pytest.importorskip("triton.language")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 triton_backend = pytest.importorskip("nanogpt.engine.cuda.triton_backend")
