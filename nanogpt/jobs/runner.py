@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 LEASE_S = 30.0
 RENEW_S = 10.0
 SWEEP_S = 60.0
+CLAIM_S = 0.2  # how long to wait for a job before looking around; a new one is claimed at once
 RETRY_S = 1.0  # after a store or a cluster that could not
 MAX_TRIES = 10  # claims in a row that brought no progress: the job ends whoever takes it
 MAX_BATCHES = 4  # at once; they share the room
@@ -190,7 +191,7 @@ class Runner:
             return
         last = self._last_lane()
         # Without room for all lanes the wait is short: room may be made at any moment.
-        job = self._store.claim(last, LEASE_S, 0.5 if last is Lane.BATCH else 0.05)
+        job = self._store.claim(last, LEASE_S, CLAIM_S if last is Lane.BATCH else CLAIM_S / 4)
         if job is not None:
             self._begin(job)
 
