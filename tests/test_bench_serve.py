@@ -367,6 +367,13 @@ def test_the_only_model_needs_no_name():
     assert (target.model, target.vocab_size) == ("m", 65)
 
 
+def test_models_that_are_not_loaded_do_not_count():
+    entries = [{"id": "a", "state": "available"}, {"id": "b", "state": "loaded"}]
+    listed = response(json.dumps({"data": entries}).encode())
+    with answering(listed, response(b'{"vocab_size":65}')) as url:
+        assert find_target(url).model == "b"
+
+
 def test_llama_server_tells_its_vocabulary():
     with answering(models("m", meta={"n_vocab": 77})) as url:
         assert find_target(url).vocab_size == 77
@@ -380,7 +387,7 @@ def test_a_vocabulary_that_nobody_tells_is_gpt2s():
 @pytest.mark.parametrize(
     ("answer", "model", "message"),
     [
-        (models("a", "b"), "", "choose one with --model: a, b"),
+        (models("a", "b"), "", "--model; it has a, b"),
         (models("a"), "c", "has no model 'c'; it has a"),
         (response(b"{}", status="401 Unauthorized"), "", "--api-key"),
         (response(b"[]", status="404 Not Found"), "", "answers 404"),

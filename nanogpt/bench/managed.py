@@ -79,10 +79,10 @@ class ManagedServer:
         )
 
     def _answers(self, api_key: str) -> bool:
-        """Models that are listed, and no word of /health against it: llama-server lists its model
-        while it still reads it, and ours lists none until a rank has come."""
+        """It lists models, and has no word against it: llama-server lists its model while it still
+        reads it (/health is 503), and ours what it could load (/ready is)."""
         try:
-            if get(self._url.root, "/health").status == 503:
+            if any(get(self._url.root, path).status == 503 for path in ("/health", "/ready")):
                 return False
             reply = get(self._url, "/models", api_key)
         except ConnectionLost:

@@ -46,10 +46,7 @@ def find_target(
     at = Url.parse(url)
     models = _models(at, api_key)
     if not model:
-        if len(models) != 1:
-            listed = ", ".join(models) or "none that it lists"
-            raise ConfigError(f"{at} has several models; choose one with --model: {listed}")
-        model = next(iter(models))
+        model = _only(at, models)
     elif models and model not in models:
         raise ConfigError(f"{at} has no model {model!r:.100}; it has {', '.join(models)}")
     found = vocab_size or _vocab_size(models.get(model, {})) or _ask_vocab_size(at, model, api_key)
@@ -61,6 +58,15 @@ def find_target(
         vocab_size=found or GPT2_VOCAB_SIZE,
         timeout_s=timeout_s,
     )
+
+
+def _only(url: Url, models: dict[str, dict[str, Any]]) -> str:
+    """The one that is loaded: ours lists those that could be as well. Raises ConfigError."""
+    names = [name for name, entry in models.items() if entry.get("state", "loaded") == "loaded"]
+    if len(names) != 1:
+        listed = ", ".join(names) or "none that it lists"
+        raise ConfigError(f"choose a model of {url} with --model; it has {listed}")
+    return names[0]
 
 
 def get(url: Url, path: str, api_key: str = "") -> Reply:
