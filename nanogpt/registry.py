@@ -11,6 +11,7 @@ import msgspec
 
 from nanogpt.config import PROJECT, convert, nearest, read_toml
 from nanogpt.errors import CheckpointError, ConfigError
+from nanogpt.weight_files import cached, hub_names
 
 CARDS = PROJECT / "configs" / "models"
 
@@ -18,7 +19,8 @@ CARDS = PROJECT / "configs" / "models"
 class TokenizerSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to build a tokenizer anywhere, without torch.
 
-    kind "char": `characters[i]` is the text of token i, and there is no end token.
+    kind "char": `characters[i]` is the text of token i, and there is no end token. `unknown` is
+    the character that stands for all others; without it they are an error.
     kind "gpt2": GPT-2's byte pairs; `directory` holds vocab.json and merges.txt (or
     tokenizer.json), or is empty for the files that tiktoken knows (downloaded once, or found in
     TIKTOKEN_CACHE_DIR).
@@ -27,6 +29,7 @@ class TokenizerSpec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     kind: Literal["char", "gpt2"]
     characters: str = ""
     directory: str = ""
+    unknown: str = ""
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +47,16 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_parameters: int
 
 
+class CardShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The network of a card."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    vocab_size: int
+    bias: bool = True
+
+
 class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One file of configs/models/: a model that can be served by its name alone."""
 
@@ -53,14 +66,49 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     recipe: str = ""  # in configs/train/, when the directory has to be trained first
     aliases: tuple[str, ...] = ()
     tokenizer: Literal["char", "gpt2"]
+    unknown: str = ""  # what a character model reads for one that it does not know; none: an error
     context: int  # tokens
-    parameters: int | None = None  # when they are known before a download
+    shape: CardShape
+    dtype: Literal["float32", "bfloat16", "float16"]  # of the weights as they are stored
     licence: str
     notes: str = ""
 
     def __post_init__(self) -> None:
         if bool(self.hub) == bool(self.directory):
             raise ValueError("a model comes from `hub` or from `directory`: give one of them")
+        if self.unknown and (self.tokenizer != "char" or len(self.unknown) != 1):
+            raise ValueError("`unknown` is one character, and for a tokenizer of characters")
+
+    @property
+    def parameters(self) -> int:
+        """How many, with the tied head counted once."""
+        s = self.shape
+        shape = _Shape(s.n_layer, s.n_embd, s.vocab_size, self.context, bias=s.bias)
+        return shape.num_parameters()
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the weights' file."""
+        return self.parameters * _ITEM_SIZE[self.dtype]
+
+    @property
+    def modified(self) -> int | None:
+        """When the weights came here, in seconds since the epoch; None when they are not here."""
+        directory = cached(self.hub) if self.hub else PROJECT / self.directory
+        try:
+            return None if directory is None else int((directory / "config.json").stat().st_mtime)
+        except OSError:
+            return None
+
+    @property
+    def command(self) -> str:
+        """What brings the weights here; empty for what is bundled."""
+        if self.hub:
+            return f"nanogpt fetch {self.name}"
+        if not self.recipe:
+            return ""
+        data = "char" if self.tokenizer == "char" else "bpe"
+        return f"nanogpt prepare {data} && nanogpt train --config {self.recipe}"
 
 
 def read_cards(directory: Path = CARDS) -> dict[str, ModelCard]:
@@ -90,7 +138,6 @@ def aliases(served: Iterable[str], cards: Mapping[str, ModelCard]) -> dict[str, 
 
 _NAME = re.compile(r"[\w.:@+-]+(/[\w.:@+-]+)*", re.ASCII)  # it stands in a URL
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-GPT2_OWNER = "openai-community"
 _FILE_ENDINGS = (".pt", ".pth", ".bin", ".safetensors", ".json")
 
 
@@ -109,35 +156,38 @@ def resolve(model: str, cards: Mapping[str, ModelCard]) -> tuple[str, str]:
     return name, str(path.absolute()) if path.exists() else str(path)
 
 
+def find_card(name: str, cards: Mapping[str, ModelCard]) -> ModelCard | None:
+    """The card of a name or alias."""
+    return cards.get(name) or next((c for c in cards.values() if name in c.aliases), None)
+
+
 def _from_card(name: str, cards: Mapping[str, ModelCard]) -> tuple[str, str]:
-    by_name = {alias: card for card in cards.values() for alias in card.aliases} | dict(cards)
-    card = by_name.get(name)
+    card = find_card(name, cards)
     if card is None:
         if Path(name).expanduser().exists():
             raise ConfigError(f"model {name!r:.150} is a path: give it a name, --model NAME=PATH")
+        names = [each for c in cards.values() for each in (c.name, *c.aliases)]
         raise ConfigError(
-            f"unknown model {name!r:.150}{nearest(name, list(by_name))} "
+            f"unknown model {name!r:.150}{nearest(name, names)} "
             f"(known are {', '.join(cards)}; any other is given as NAME=PATH)"
         )
     if card.hub:
         return card.name, card.hub
     path = PROJECT / card.directory
     if not path.exists():
-        mend = f"; train it: python -m nanogpt.train --config {card.recipe}" if card.recipe else ""
+        mend = f"; get it with: {card.command}" if card.command else ""
         raise ConfigError(f"model {card.name!r}: {path} is not there{mend}")
     return card.name, str(path)
+
+
+def unknown_character(name: str, cards: Mapping[str, ModelCard]) -> str:
+    """What a served model reads for characters that it does not know, by its card; "" for none."""
+    return cards[name].unknown if name in cards else ""
 
 
 def is_hub_name(source: str) -> bool:
     """Whether a source that isn't a path here may be a name on the Hugging Face hub."""
     return bool(_HUB_NAME.fullmatch(source)) and not source.endswith(_FILE_ENDINGS)
-
-
-def hub_names(name: str) -> list[str]:
-    """Under what names the cache may have a model: GPT-2 was once known without its owner."""
-    owner, _, bare = name.rpartition("/")
-    other = {"": [f"{GPT2_OWNER}/{bare}"], GPT2_OWNER: [bare]}
-    return [name, *other.get(owner, [])]
 
 
 def check_source(name: str, source: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from nanogpt.errors import ModelNotFound, Unavailable
-from nanogpt.registry import ModelCard, ModelInfo, TokenizerSpec
+from nanogpt.registry import CardShape, ModelCard, ModelInfo, TokenizerSpec
 from nanogpt.request import (
     EngineEvent,
     EngineStats,
@@ -69,6 +69,8 @@ CARDS = {
         aliases=("fake", "fake/old-name"),
         tokenizer="gpt2",
         context=64,
+        shape=CardShape(n_layer=1, n_head=1, n_embd=8, vocab_size=257),
+        dtype="float32",
         licence="MIT",
     )
 }

@@ -215,6 +215,7 @@ def test_models(client):
     (listed,) = client.get("/v1/models").json["data"]
     assert listed == client.get(f"/v1/models/{NAME}").json
     assert (listed["id"], listed["object"], listed["context_length"]) == (NAME, "model", 64)
+    assert (listed["state"], listed["aliases"]) == ("loaded", ["fake", "fake/old-name"])
     assert_error(client.get("/v1/models/a/b"), 404, code="model_not_found", param="model")
 
 

@@ -29,6 +29,7 @@ BASE = {
     "nanogpt.sampling_params",
     "nanogpt.section",
     "nanogpt.tokenizer",
+    "nanogpt.weight_files",
 }
 
 # What each part may import of the project and of HEAVY.
@@ -63,6 +64,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "nanogpt.bench.fake_rank": (BASE | {"nanogpt.bench", "nanogpt.cluster"}, set()),
     "nanogpt.bench.roofline": (BASE | {"nanogpt.model"}, {"torch"}),
     "nanogpt.admin": (BASE | {"nanogpt.api.admission"}, set()),
+    "nanogpt.__main__": ({"nanogpt.config"}, set()),
+    "nanogpt.fetch": (BASE | {"nanogpt.model.hub"}, set()),
     "nanogpt.agent": (set(), {"torch"}),
     "nanogpt.chaos": (BASE | {"nanogpt.chaos"}, set()),
     "nanogpt.launch": (BASE | {"nanogpt.cluster.keeper"}, set()),

@@ -451,6 +451,8 @@ def test_real_name():
                 "aliases": ["b", "c"],
                 "tokenizer": "gpt2",
                 "context": 64,
+                "shape": {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": 257},
+                "dtype": "float32",
                 "licence": "MIT",
             },
             ModelCard,

@@ -1,12 +1,14 @@
 """Names of models: cards, aliases, paths, and what is said of a name that nobody knows."""
 
 import pytest
+from safetensors.torch import load_file
 
 from nanogpt import registry
 from nanogpt.config import PROJECT
 from nanogpt.errors import ConfigError
 from nanogpt.model import checkpoint
 from nanogpt.registry import ModelCard
+from nanogpt.train import config
 
 CARD = """
 name = "small"
@@ -14,7 +16,16 @@ hub = "someone/small"
 aliases = ["tiny", "someone/small"]
 tokenizer = "gpt2"
 context = 128
+dtype = "float32"
 licence = "MIT"
+shape = {n_layer = 2, n_head = 2, n_embd = 16, vocab_size = 50257}
+"""
+CHARACTERS = """
+tokenizer = "char"
+context = 8
+dtype = "float16"
+licence = "CC0-1.0"
+shape = {n_layer = 2, n_head = 2, n_embd = 16, vocab_size = 65, bias = false}
 """
 
 
@@ -22,11 +33,11 @@ licence = "MIT"
 def cards(tmp_path):
     (tmp_path / "small.toml").write_text(CARD)
     (tmp_path / "mine.toml").write_text(
-        'name = "mine"\ndirectory = "nanogpt"\ntokenizer = "char"\ncontext = 8\nlicence = "CC0-1.0"'
+        f'name = "mine"\ndirectory = "nanogpt"\nunknown = "?"\n{CHARACTERS}'
     )
     (tmp_path / "later.toml").write_text(
         'name = "later"\ndirectory = "out/nowhere"\nrecipe = "configs/train/later.toml"\n'
-        'tokenizer = "char"\ncontext = 8\nlicence = "CC0-1.0"'
+        f"{CHARACTERS}"
     )
     return registry.read_cards(tmp_path)
 
@@ -60,7 +71,7 @@ def test_paths(cards, tmp_path, monkeypatch):
         ("a//b=x", "use 1 to 128 letters"),
         ("é=x", "use 1 to 128 letters"),
         ("a" * 129 + "=x", "use 1 to 128 letters"),
-        ("later", r"is not there; train it: python -m nanogpt\.train --config configs/train/later"),
+        ("later", r"is not there; get it with: nanogpt prepare char && nanogpt train"),
     ],
 )
 def test_what_is_wrong_with_a_name(cards, model, said):
@@ -89,6 +100,9 @@ def test_served_aliases(cards):
         (lambda text: text.replace("128", '"long"'), "context"),
         (lambda text: text.replace('"gpt2"', '"words"'), "tokenizer"),
         (lambda text: text + "=", "not valid TOML"),
+        (lambda text: text + 'unknown = "?"', "for a tokenizer of characters"),
+        (lambda text: text.replace('"float32"', '"int4"'), "dtype"),
+        (lambda text: text.replace("n_head = 2, ", ""), "n_head"),
     ],
 )
 def test_bad_cards(tmp_path, change, said):
@@ -113,9 +127,26 @@ SHIPPED = registry.read_cards()
 
 
 def test_the_shipped_cards():
-    assert {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "shakespeare-char"} <= SHIPPED.keys()
+    assert SHIPPED.keys() == {
+        *("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"),
+        *("shakespeare-char", "shakespeare-finetune", "shakespeare-deep"),
+    }
     assert all((registry.CARDS / f"{name}.toml").exists() for name in SHIPPED)
     assert all((PROJECT / c.recipe).exists() for c in SHIPPED.values() if c.recipe)
+
+
+@pytest.mark.parametrize("card", [c for c in SHIPPED.values() if c.recipe], ids=lambda c: c.name)
+def test_cards_and_recipes_agree(card: ModelCard):
+    recipe = config.load(str(PROJECT / card.recipe))
+    if not card.directory.startswith("nanogpt/"):
+        assert card.directory == f"{recipe.out}/best"
+    assert recipe.data.endswith("_char" if card.tokenizer == "char" else "_bpe")
+    shape, like = card.shape, recipe.model
+    if recipe.init_from != "scratch":
+        assert shape == SHIPPED[recipe.init_from].shape
+        return
+    assert (shape.n_layer, shape.n_head, shape.n_embd) == (like.n_layer, like.n_head, like.n_embd)
+    assert (shape.bias, card.context) == (like.bias, like.block_size)
 
 
 @pytest.mark.parametrize("card", [c for c in SHIPPED.values() if c.directory], ids=lambda c: c.name)
@@ -123,5 +154,37 @@ def test_cards_of_what_is_here_tell_the_truth(card: ModelCard):
     directory = PROJECT / card.directory
     if not directory.exists():
         pytest.skip(f"{card.name} is not trained here")
-    config, tokenizer = checkpoint.read_config(directory)
-    assert (card.context, card.tokenizer) == (config.block_size, tokenizer.kind)
+    shape, tokenizer = checkpoint.read_config(directory)
+    assert (card.context, card.tokenizer) == (shape.block_size, tokenizer.kind)
+    assert all(getattr(card.shape, f) == getattr(shape, f) for f in card.shape.__struct_fields__)
+    weights = load_file(directory / checkpoint.WEIGHTS).values()
+    assert {str(tensor.dtype) for tensor in weights} == {f"torch.{card.dtype}"}
+    assert sum(tensor.numel() for tensor in weights) == card.parameters
+
+
+def test_how_to_get_what_is_not_here():
+    assert SHIPPED["gpt2"].command == "nanogpt fetch gpt2"
+    assert SHIPPED["shakespeare-deep"].command == (
+        "nanogpt prepare char && nanogpt train --config configs/train/shakespeare_deep.toml"
+    )
+    assert SHIPPED["shakespeare-finetune"].command.startswith("nanogpt prepare bpe && ")
+    assert registry.unknown_character("gpt2", SHIPPED) == ""
+
+
+def test_the_character_for_all_others(cards):
+    assert registry.unknown_character("mine", cards) == "?"
+    assert registry.unknown_character("nobody", cards) == ""
+
+
+def test_whether_weights_are_here(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert SHIPPED["gpt2"].modified is None
+    assert SHIPPED["shakespeare-char"].modified is not None
+    place = tmp_path / "models--gpt2"  # its name once
+    (place / "refs").mkdir(parents=True)
+    (place / "refs/main").write_text("c0ffee")
+    (place / "snapshots/c0ffee").mkdir(parents=True)
+    (place / "snapshots/c0ffee/config.json").write_text("{}")
+    assert SHIPPED["gpt2"].modified is None
+    (place / "snapshots/c0ffee/model.safetensors").write_text("weights")
+    assert SHIPPED["gpt2"].modified is not None

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from typing import TypeVar
 
 from nanogpt.admission_config import ANONYMOUS
 from nanogpt.api.admission import Admission, Principal, Ticket
@@ -9,7 +10,9 @@ from nanogpt.api.admission.subject import clean_user
 from nanogpt.api.plan import Plan
 from nanogpt.api.protocol import CompletionRequest, parse_completion, user_of
 from nanogpt.errors import ApiError, InvalidRequest
-from nanogpt.registry import ModelCard, ModelInfo, aliases
+from nanogpt.registry import ModelCard, aliases
+
+T = TypeVar("T")
 
 
 class Caller:
@@ -60,9 +63,7 @@ class Caller:
         """Whether what belongs to that key may be seen and changed."""
         return self._known.admin or owner == self.name
 
-    def visible(
-        self, models: Mapping[str, ModelInfo], cards: Mapping[str, ModelCard]
-    ) -> dict[str, ModelInfo]:
+    def visible(self, models: Mapping[str, T], cards: Mapping[str, ModelCard]) -> dict[str, T]:
         """Those that the key may use: all, or a list that may hold their other names."""
         listed = self._known.models
         if not listed:

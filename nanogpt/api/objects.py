@@ -62,15 +62,22 @@ class ErrorResponse(msgspec.Struct):
 
 
 class Model(msgspec.Struct):
+    """A model that is served, or that could be; `command` brings the weights of one that is not
+    available, and `created` is 0 for it."""
+
     id: str
     created: int
     context_length: int
     dtype: str
     num_parameters: int
-    system_fingerprint: str
+    system_fingerprint: str | None
     object: Literal["model"] = "model"
     owned_by: str = "nanogpt"
-    state: Literal["loaded"] = "loaded"
+    state: Literal["loaded", "available", "not_available"] = "loaded"
+    aliases: list[str] = []
+    licence: str | None = None
+    notes: str | None = None
+    command: str | None = None
 
 
 class ModelList(msgspec.Struct):

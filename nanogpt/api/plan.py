@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
-from nanogpt import __version__
+from nanogpt.api.catalogue import not_served, system_fingerprint
 from nanogpt.api.decode import clip
 from nanogpt.api.protocol import CompletionRequest
 from nanogpt.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, Unavailable
-from nanogpt.registry import ModelCard, ModelInfo, aliases
+from nanogpt.registry import ModelCard, ModelInfo, aliases, find_card
 from nanogpt.request import GenerateRequest
 from nanogpt.sampling_params import SamplingParams
 from nanogpt.tokenizer import Tokenizer
@@ -44,21 +44,19 @@ def real_name(models: Mapping[str, ModelInfo], name: str, cards: Mapping[str, Mo
     return name if name in models else aliases(models, cards).get(name, name)
 
 
-def find_model(models: Mapping[str, ModelInfo], name: str) -> ModelInfo:
-    """Raises ModelNotFound."""
+def find_model(
+    models: Mapping[str, ModelInfo], name: str, cards: Mapping[str, ModelCard] | None = None
+) -> ModelInfo:
+    """Raises ModelNotFound, which says of a model with a card how to get it."""
     info = models.get(name)
     if info is None:
+        card = find_card(name, cards or {})
+        what = "does not exist" if card is None else not_served(card)
         raise ModelNotFound(
-            f"the model {clip(name)!r} does not exist; "
-            f"there are: {clip(', '.join(sorted(models)), 1000)}",
+            f"the model {clip(name)!r} {what}; there are: {clip(', '.join(sorted(models)), 1000)}",
             param="model",
         )
     return info
-
-
-def system_fingerprint(info: ModelInfo) -> str:
-    """Weights, dtype and engine version: the scope of the promise about seed."""
-    return f"fp_{info.fingerprint}_{__version__}"
 
 
 def make_plan(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Protocol
 
-from nanogpt.api import client_socket, docs_page, errors, openapi
+from nanogpt.api import catalogue, client_socket, docs_page, errors, openapi
 from nanogpt.api.admission import Admission
 from nanogpt.api.answer import EVENT_STREAM, Answer
 from nanogpt.api.assemble import Assembler
@@ -21,7 +21,6 @@ from nanogpt.api.metrics import Metrics
 from nanogpt.api.objects import (
     DetokenizeResponse,
     Health,
-    Model,
     ModelList,
     Readiness,
     TokenizeResponse,
@@ -32,7 +31,6 @@ from nanogpt.api.plan import (
     find_model,
     make_plan,
     real_name,
-    system_fingerprint,
 )
 from nanogpt.api.protocol import CompletionRequest, DetokenizeRequest, TokenizeRequest
 from nanogpt.api.response import PING, Collected, Stream, encode, event, ranks_header
@@ -40,7 +38,7 @@ from nanogpt.api.stream_writer import StreamWriter
 from nanogpt.api.tokens import token_text, tokenizer_info
 from nanogpt.config import HttpConfig
 from nanogpt.errors import ApiError, InvalidRequest, Unavailable
-from nanogpt.registry import ModelCard, ModelInfo
+from nanogpt.registry import ModelCard, ModelInfo, find_card
 from nanogpt.tokenizer import Tokenizer
 
 CLIENT_GONE = 499  # for the log and the metrics: nobody reads this answer
@@ -139,7 +137,7 @@ class Service:
         models = self._cluster.models()
         name = real_name(models, request.model, self._cards)
         caller.precheck(request.user, name, request.priority)
-        info = find_model(caller.visible(models, self._cards), name)
+        info = self._visible_model(caller, models, name)
         tokenizer = self._cluster.tokenizer(info.name)
         with ExitStack() as undo:
             self.places.take()
@@ -214,11 +212,24 @@ class Service:
     # Models and their tokenizers
 
     def models(self, caller: Caller) -> Answer:
-        known = caller.visible(self._cluster.models(), self._cards)
-        return Answer(encode(ModelList([_model(known[name]) for name in sorted(known)])))
+        loaded = self._cluster.models()
+        return Answer(encode(ModelList(catalogue.listed(*self._known(caller, loaded), loaded))))
 
     def model(self, caller: Caller, name: str) -> Answer:
-        return Answer(encode(_model(self._find(caller, name))))
+        loaded = self._cluster.models()
+        infos, cards = self._known(caller, loaded)
+        real = real_name(loaded, name, self._cards)
+        card = find_card(real, cards)
+        if real not in infos and card is not None:
+            return Answer(encode(catalogue.not_loaded(card)))
+        return Answer(encode(catalogue.loaded(find_model(infos, real), self._cards)))
+
+    def _known(
+        self, caller: Caller, loaded: Mapping[str, ModelInfo]
+    ) -> tuple[dict[str, ModelInfo], dict[str, ModelCard]]:
+        """What the key may use of what is served, and of what could be."""
+        visible = caller.visible
+        return visible(loaded, self._cards), visible(self._cards, self._cards)
 
     def tokenize(self, caller: Caller, body: bytes, content_type: str | None) -> Answer:
         check_content_type(content_type)
@@ -252,7 +263,14 @@ class Service:
 
     def _find(self, caller: Caller, name: str) -> ModelInfo:
         models = self._cluster.models()
-        return find_model(caller.visible(models, self._cards), real_name(models, name, self._cards))
+        return self._visible_model(caller, models, real_name(models, name, self._cards))
+
+    def _visible_model(
+        self, caller: Caller, models: Mapping[str, ModelInfo], name: str
+    ) -> ModelInfo:
+        """Raises ModelNotFound."""
+        infos, cards = self._known(caller, models)
+        return find_model(infos, name, cards)
 
     # Operations
 
@@ -290,17 +308,6 @@ class Service:
 
 def _ranks(shown: str | None) -> dict[str, str]:
     return {} if shown is None else {"x-nanogpt-ranks": shown}
-
-
-def _model(info: ModelInfo) -> Model:
-    return Model(
-        id=info.name,
-        created=info.created,
-        context_length=info.context_length,
-        dtype=info.dtype,
-        num_parameters=info.num_parameters,
-        system_fingerprint=system_fingerprint(info),
-    )
 
 
 def _stream(exchange: Exchange, pieces: Iterator[bytes]) -> Iterator[bytes]:

@@ -21,14 +21,8 @@ from nanogpt.model.dtypes import WeightDtype
 from nanogpt.model.gpt import GPT, GPTConfig
 from nanogpt.model.pickles import read_torch_file
 from nanogpt.registry import TokenizerSpec
+from nanogpt.weight_files import WEIGHTS, read_index, weights_file
 
-# In the order in which transformers prefers them.
-WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 GPT2_IDS = range(50257, 50305)  # rows of an embedding for GPT-2's vocabulary, padding included
 
 _ACTIVATIONS: dict[str, Literal["gelu", "gelu_tanh"]] = {
@@ -60,17 +54,6 @@ class _Config(msgspec.Struct):
     n_positions: int = 1024
     n_inner: int | None = None
     activation_function: str = "gelu_new"
-
-
-class _Index(msgspec.Struct):
-    """Of weights in several parts."""
-
-    weight_map: dict[str, str]
-
-
-def weights_file(directory: Path) -> Path | None:
-    """The weights, or the index of their parts."""
-    return next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
 
 
 def load(
@@ -131,18 +114,6 @@ def _tokenizer(directory: Path, config: GPTConfig) -> TokenizerSpec:
             f"vocabulary of {config.vocab_size} is not GPT-2's"
         )
     return TokenizerSpec(kind="gpt2")
-
-
-def read_index(file: Path) -> dict[str, Path]:
-    """The file of each tensor, from an index. Raises CheckpointError."""
-    try:
-        index = msgspec.json.decode(file.read_bytes(), type=_Index)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"can't read {file}: {error}") from error
-    for part in index.weight_map.values():
-        if part != Path(part).name:
-            raise CheckpointError(f"{file} names {part!r}, which is not a file beside it")
-    return {name: file.parent / part for name, part in index.weight_map.items()}
 
 
 def _open(file: Path) -> dict[str, Reader]:

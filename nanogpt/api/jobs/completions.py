@@ -95,7 +95,8 @@ class Completions:
             once.check(known, digest)
             return known
         self._check_draining()
-        info = find_model(caller.visible(models, self._cards), model)
+        cards = caller.visible(self._cards, self._cards)
+        info = find_model(caller.visible(models, self._cards), model, cards)
         plan = make_plan(
             request,
             info,

@@ -8,12 +8,13 @@ import msgspec
 
 from nanogpt.api.assemble import Assembler
 from nanogpt.api.backend import Cluster, Handle
+from nanogpt.api.catalogue import system_fingerprint
 from nanogpt.api.errors import ClientGone
 from nanogpt.api.exchange import Exchange
 from nanogpt.api.jobs import outcome
 from nanogpt.api.jobs.outcome import Progress
 from nanogpt.api.metrics import Metrics
-from nanogpt.api.plan import Plan, find_model, make_plan, system_fingerprint
+from nanogpt.api.plan import Plan, find_model, make_plan
 from nanogpt.api.response import Collected
 from nanogpt.api.response import encode as to_json
 from nanogpt.errors import ServerError

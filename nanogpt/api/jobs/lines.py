@@ -87,7 +87,9 @@ class LineRunner:
         caller = Caller.of_owner(self._admission, owner, request_id)
         models = self._cluster.models()
         info = find_model(
-            caller.visible(models, self._cards), real_name(models, request.model, self._cards)
+            caller.visible(models, self._cards),
+            real_name(models, request.model, self._cards),
+            caller.visible(self._cards, self._cards),
         )
         caller.user = request.user
         tokenizer = self._cluster.tokenizer(info.name)

@@ -1,0 +1,63 @@
+"""GET /v1/models, and what is said of a model that is known but not served."""
+
+import msgspec
+import pytest
+
+from nanogpt.registry import read_cards
+from tests.app_utils import CLOSED, KEY, assert_error, bearer, complete, make_app
+from tests.fake_cluster import INFO, FakeCluster
+
+
+@pytest.fixture
+def cluster():
+    return FakeCluster()
+
+
+@pytest.fixture
+def known(cluster, monkeypatch, tmp_path):
+    """The shipped cards, of which one is loaded and another one is on the disk."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("tests.app_utils.CARDS", read_cards())
+    cluster.infos = {"gpt2": msgspec.structs.replace(INFO, name="gpt2")}
+    return make_app(cluster).test_client()
+
+
+def test_models_that_are_not_loaded_are_listed_behind(known):
+    listed = {model["id"]: model for model in known.get("/v1/models").json["data"]}
+    assert len(listed) == 7
+    assert next(iter(listed)) == "gpt2"
+    assert listed["gpt2"]["state"] == "loaded"
+    for name, model in listed.items():
+        assert known.get(f"/v1/models/{name}").json == model
+    bundled, missing = listed["shakespeare-char"], listed["gpt2-xl"]
+    assert (bundled["state"], bundled["command"]) == ("available", None)
+    assert bundled["created"] > 0
+    assert (missing["state"], missing["created"]) == ("not_available", 0)
+    assert missing["command"] == "nanogpt fetch gpt2-xl"
+    assert missing["num_parameters"] == 1_557_611_200
+    assert known.get("/v1/models/openai-community/gpt2-xl").json == missing
+
+
+def test_a_request_for_a_model_that_is_not_loaded_says_how_to_get_it(known):
+    for name, said in (
+        ("gpt2-xl", "nanogpt fetch gpt2-xl`, and start the server with --model gpt2-xl"),
+        ("openai-community/gpt2-xl", "`nanogpt fetch gpt2-xl`"),
+        ("shakespeare-deep", "nanogpt train --config configs/train/shakespeare_deep.toml`"),
+        ("shakespeare-char", "is not loaded: start the server with --model shakespeare-char"),
+    ):
+        for response in (
+            complete(known, model=name),
+            known.post("/tokenize", json={"prompt": "x", "model": name}),
+        ):
+            assert_error(response, 404, code="model_not_found", param="model")
+            assert said in response.json["error"]["message"]
+            assert response.json["error"]["message"].endswith("there are: gpt2")
+
+
+def test_a_key_sees_only_its_cards(cluster, known):
+    table = {"keys": {"team-a": {"models": ["gpt2", "gpt2-large"]}}}
+    client = make_app(cluster, table=table, environ=CLOSED).test_client()
+    listed = client.get("/v1/models", headers=bearer(KEY)).json["data"]
+    assert [model["id"] for model in listed] == ["gpt2", "gpt2-large"]
+    response = complete(client, bearer(KEY), model="gpt2-xl")
+    assert "does not exist" in response.json["error"]["message"]
