@@ -44,7 +44,7 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
     """How ranks are watched, and brought back."""
 
     heartbeat_s: Seconds = 1.0
-    watchdog_s: Seconds = 5.0  # a rank that is silent for so long is killed
+    watchdog_s: Seconds = 3.0  # a rank that is silent for so long is killed
     stuck_s: Seconds = 300.0  # a rank whose step takes so long is killed
     max_restarts: Annotated[int, Meta(ge=0)] = 1_000_000
     max_outstanding: Count = 16384  # choices that wait or run; one more is answered 503 at once

@@ -5,6 +5,7 @@ left behind; with 2 and one clear line when the cluster can't start. torchrun is
 growing pauses, if it ends by itself.
 """
 
+import contextlib
 import logging
 import os
 import shutil
@@ -30,6 +31,8 @@ POLL_S = 0.05
 DRAIN_MARGIN_S = 5.0  # beyond drain_s, for the front end to notice and leave
 STOP_S = 5.0  # for torchrun to end its ranks; then they are killed
 MAX_PAUSE_S = 30.0
+LONG_LIFE_S = 10.0  # a torchrun that lived so long is started again at once
+LOOK_EVERY_S = 1.0  # for processes that are stopped
 LAUNCHER_LOCK = "launcher"
 
 
@@ -156,29 +159,51 @@ class Launcher:
     def __init__(self, config: ServeConfig, run_dir: RunDir, torchrun: Torchrun) -> None:
         self._config, self._run_dir, self._torchrun = config, run_dir, torchrun
         self._stop_asked = False
+        self._stopped: dict[int, float] = {}  # processes, and since when
+        self._look_at = 0.0
 
     def run(self) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask_stop)
         process.adopt_orphans()
         self._torchrun.start()
-        pause, started = 1.0, time.monotonic()
+        pause, started = 0.0, time.monotonic()
         try:
             while not self._stop_asked:
                 if self._run_dir.fatal() is not None:
                     return 2  # the process that found it has said so on stderr
                 if self._torchrun.poll() is not None:
-                    alive_s = time.monotonic() - started
-                    pause = 1.0 if alive_s > 60 else min(2 * pause, MAX_PAUSE_S)
+                    lived_s = time.monotonic() - started
+                    pause = 0.0 if lived_s > LONG_LIFE_S else min(2 * pause + 1, MAX_PAUSE_S)
                     log.error("torchrun ended: starting it again in %.0f s", pause)
                     self._sleep(pause)
                     self._torchrun.start()
                     started = time.monotonic()
                 process.reap(except_pid=self._torchrun.pid)
+                self._kill_stopped(time.monotonic())
                 time.sleep(POLL_S)
             return 0
         finally:
             self._end()
+
+    def _kill_stopped(self, now: float) -> None:
+        """Kill torchrun, and processes below it, that don't run: they would restart nobody. The
+        front end is let alone, since it holds connections; stopped ranks are mostly found sooner
+        by it (nanogpt/cluster/watch.py), but not before they have joined."""
+        if now < self._look_at:
+            return
+        self._look_at = now + LOOK_EVERY_S
+        pids = [self._torchrun.pid, *process.pids_below(self._torchrun.pid)]
+        stopped = [pid for pid in pids if process.is_stopped(pid)]
+        self._stopped = {pid: self._stopped.get(pid, now) for pid in stopped}
+        front_end = self._run_dir.holder(LOCK)
+        for pid, since in self._stopped.items():
+            if now - since < self._config.cluster.watchdog_s:
+                continue
+            with contextlib.suppress(ProcessLookupError):  # it went on, and ended
+                if front_end is None or os.getpgid(pid) != os.getpgid(front_end):
+                    log.error("process %d is stopped: killed", pid)
+                    os.kill(pid, signal.SIGKILL)
 
     def _ask_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop_asked = True

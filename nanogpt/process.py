@@ -143,18 +143,36 @@ def terminate(pid: int, timeout_s: float) -> None:
         os.close(pidfd)
 
 
+def oom_kills() -> int:
+    """How many processes the kernel has killed for want of memory, since the machine started."""
+    with open("/proc/vmstat") as file:
+        counts = [line.split()[1] for line in file if line.startswith("oom_kill ")]
+    return int(counts[0]) if counts else 0
+
+
+def stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat after the command: state, parent and so on; empty when the
+    process is gone."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a signal (SIGSTOP) or a debugger keeps the process from running."""
+    return stat(pid)[:1] in (["T"], ["t"])
+
+
 def pids_below(pid: int) -> list[int]:
     """All processes below `pid`, parents before their children."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
-        try:
-            with open(f"/proc/{entry}/stat") as file:
-                parent = int(file.read().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        children.setdefault(parent, []).append(int(entry))
+        if fields := stat(int(entry)):
+            children.setdefault(int(fields[1]), []).append(int(entry))
     found = [pid]
     for parent in found:
         found += children.get(parent, [])

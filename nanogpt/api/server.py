@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import socket
 import sys
 import time
@@ -107,7 +108,12 @@ def allow_time(connection: object, seconds: float) -> None:
 
 
 class Worker(ThreadWorker):
-    """Drains on SIGTERM, and answers in JSON when a request is not even HTTP."""
+    """Drains on SIGTERM, and answers in JSON when a request is not even HTTP.
+
+    gunicorn would close the listening socket at once, and whoever comes meanwhile would not be
+    told why. This one goes on as before until those who were accepted have their answers: what
+    comes new is refused by the service.
+    """
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
@@ -115,6 +121,7 @@ class Worker(ThreadWorker):
         self._queued: set[TConn] = set()
         self._handled: dict[TConn, float] = {}
         self._warn_at = -math.inf
+        self._draining = False
 
     def enqueue_req(self, conn: TConn) -> None:
         if not isinstance(conn.sock, _Connection):
@@ -125,6 +132,8 @@ class Worker(ThreadWorker):
     def murder_pending(self) -> None:
         """gunicorn's main thread calls this after each event, and every second."""
         super().murder_pending()
+        if self._draining and self.alive and self.app.service.is_drained():
+            super().handle_exit(signal.SIGTERM, None)
         if self._queued:
             self._make_room(len(self._queued))
 
@@ -158,9 +167,21 @@ class Worker(ThreadWorker):
             del self._handled[conn]
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        if self.alive and self.app.service is not None:
-            self.app.service.drain()
-        super().handle_exit(sig, frame)
+        if self._draining or self.app.service is None:
+            super().handle_exit(sig, frame)
+        else:
+            self._drain()
+
+    def is_parent_alive(self) -> bool:
+        """Without its master this worker makes room for another pair, but not before it drained."""
+        if not self._draining and not super().is_parent_alive():
+            self._drain()
+        return True
+
+    def _drain(self) -> None:
+        self._draining = True
+        self.app.service.drain()
+        self.method_queue.defer(lambda: None)  # wakes up the main thread, should it be idle
 
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: Exception) -> None:
         error = malformed_request(exc) or errors.unexpected(exc)

@@ -52,15 +52,26 @@ class Places:
 
     def __init__(self, threads: int) -> None:
         self._total = threads - min(SPARE_THREADS, threads // 4)
-        self._free = threading.Semaphore(self._total)
-        self.give_back = self._free.release
+        self._taken = 0
+        self._lock = threading.Lock()
+
+    @property
+    def are_free(self) -> bool:
+        """Whether nobody has one."""
+        return self._taken == 0
 
     def take(self) -> None:
         """Raises Unavailable when all are taken."""
-        if not self._free.acquire(blocking=False):
-            raise Unavailable(
-                f"{self._total} requests are in progress, and no more are taken; try again soon"
-            )
+        with self._lock:
+            if self._taken >= self._total:
+                raise Unavailable(
+                    f"{self._total} requests are in progress, and no more are taken; try again soon"
+                )
+            self._taken += 1
+
+    def give_back(self) -> None:
+        with self._lock:
+            self._taken -= 1
 
 
 class Companion(Protocol):
@@ -100,6 +111,10 @@ class Service:
     def must_end(self) -> bool:
         """Whether nobody may wait any longer."""
         return time.monotonic() > self._end_at
+
+    def is_drained(self) -> bool:
+        """Whether this process may end: all who were accepted have their answers, or no time."""
+        return self.places.are_free or self.must_end()
 
     def close(self) -> None:
         """Close cluster and admission as well."""

@@ -87,7 +87,9 @@ FAULTS: dict[str, Inject] = {
     "stop-rank": _one("rank", signal.SIGSTOP),
     "hang-rank": _hang_rank,
     "kill-parent": _one("parent", signal.SIGKILL),  # of a rank
+    "stop-parent": _one("parent", signal.SIGSTOP),
     "kill-torchrun": _all_of("torchrun"),
+    "stop-torchrun": _all_of("torchrun", signal.SIGSTOP),
     "stop-frontend": _stop_front_end,
     "drain": _drain,
     "kill-worker": _all_of("worker"),

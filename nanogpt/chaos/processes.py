@@ -78,27 +78,18 @@ def open_files(pid: int) -> int | None:
 
 def cpu_seconds(pid: int) -> float:
     """CPU time used so far; 0 when the process is gone."""
-    fields = _stat(pid)
+    fields = process.stat(pid)
     return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
 
 
 def _parent(pid: int) -> int | None:
-    fields = _stat(pid)
+    fields = process.stat(pid)
     return int(fields[1]) if fields else None
 
 
 def _state(pid: int) -> str:
-    fields = _stat(pid)
+    fields = process.stat(pid)
     return fields[0] if fields else "Z"
-
-
-def _stat(pid: int) -> list[str]:
-    """The fields after the command, which may hold anything."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
 
 
 def _strings(pid: int, name: str) -> list[str]:

@@ -11,6 +11,7 @@ import logging
 import mmap
 import os
 import select
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ FREE_DEATHS = 3
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 MOST_DEATHS = 10  # then everything starts from nothing, should the fault be in this process
 NO_USE = 2  # exit code of a rank that another one would share
+OUT_OF_MEMORY = 137  # stands for a SIGKILL that came from the kernel for want of memory
 
 
 class Life:
@@ -68,6 +70,8 @@ def keep_alive(work: Callable[[Life], int], tick: Callable[[], None]) -> int:
             return 1
         pause = pause_after(deaths)
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        if code == OUT_OF_MEMORY:
+            how = "killed by the kernel: the machine is out of memory"
         log.error("the rank died (%s): another one starts%s", how, f" in {pause} s" * bool(pause))
         end = time.monotonic() + pause
         while time.monotonic() < end:
@@ -92,6 +96,7 @@ def _run(work: Callable[[Life], int], life: Life, tick: Callable[[], None]) -> i
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+    oom_kills = process.oom_kills()
     pidfd = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
@@ -100,4 +105,6 @@ def _run(work: Callable[[Life], int], life: Life, tick: Callable[[], None]) -> i
             tick()
     finally:
         os.close(pidfd)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    was_oom = code == -signal.SIGKILL and process.oom_kills() > oom_kills
+    return OUT_OF_MEMORY if was_oom else code
