@@ -43,6 +43,17 @@ if [ ! -e "$stamp" ]; then
     date >"$stamp"
 fi
 
+if [ "$extra" = test ] && command -v npm >/dev/null; then
+    # OpenAI's client for JavaScript; without it its tests are skipped.
+    node="$venv/node/.installed-$(sha256sum tests/node/package.json | cut -c1-16)"
+    if [ ! -e "$node" ]; then
+        mkdir -p "$venv/node"
+        cp tests/node/package.json "$venv/node/"
+        npm install --prefix "$venv/node" --silent --no-audit --no-fund --no-package-lock >&2 \
+            && touch "$node" || echo "the npm package openai could not be installed" >&2
+    fi
+fi
+
 kernels=$(cat nanogpt/engine/cpu/*.cpp nanogpt/engine/cpu/*.h nanogpt/engine/cpu/build.py <(
     grep -m 1 flags /proc/cpuinfo) "$stamp" | sha256sum | cut -c1-16)
 kernels="$venv/.kernels-$kernels"
