@@ -9,6 +9,7 @@ from nanogpt.config import nearest
 # Modules are imported when they are asked for: most take torch, and seconds.
 COMMANDS = {
     "fetch": ("nanogpt.fetch", "download a model of the hub, checked"),
+    "eval": ("nanogpt.eval.__main__", "loss, perplexity, bits per character on a text"),
     "convert": ("nanogpt.model.convert", "weights from and to nanoGPT, Hugging Face and our own"),
     "prepare": ("nanogpt.data.prepare", "a text as tokens, for training"),
     "train": ("nanogpt.train.__main__", "a model by a recipe"),

@@ -180,6 +180,13 @@ def _from_card(name: str, cards: Mapping[str, ModelCard]) -> tuple[str, str]:
     return card.name, str(path)
 
 
+def any_source(given: str) -> tuple[str, str]:
+    """Name and source of what a command is given: a known name, or else a path or a name on the
+    hub as it is. Raises ConfigError."""
+    cards = read_cards()
+    return _from_card(given, cards) if find_card(given, cards) else (Path(given).name, given)
+
+
 def unknown_character(name: str, cards: Mapping[str, ModelCard]) -> str:
     """What a served model reads for characters that it does not know, by its card; "" for none."""
     return cards[name].unknown if name in cards else ""

@@ -56,6 +56,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         BASE | {"nanogpt.train", "nanogpt.data", "nanogpt.model"},
         {"numpy", "torch", "safetensors"},
     ),
+    "nanogpt.eval": (
+        BASE | {"nanogpt.eval", "nanogpt.data", "nanogpt.model", "nanogpt.engine.cpu.linear"},
+        {"numpy", "torch"},
+    ),
     "nanogpt.bench": (BASE | {"nanogpt.bench"}, set()),
     "nanogpt.bench.sweep": (
         BASE | {"nanogpt.bench", "nanogpt.engine", "nanogpt.model"},

@@ -1,0 +1,53 @@
+"""What a model is evaluated on: a part of a text, as the model's tokens."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from nanogpt.data.dataset import Dataset
+from nanogpt.data.prepare import split
+from nanogpt.errors import ConfigError, InvalidRequest
+from nanogpt.registry import TokenizerSpec
+from nanogpt.tokenizer import Tokenizer
+
+Part = Literal["val", "train", "all"]
+PARTS = {"val": "the last 10 %", "train": "the first 90 %", "all": "all of it"}
+
+
+@dataclass(frozen=True)
+class Text:
+    tokens: np.ndarray  # (n,)
+    name: str
+    sha256: str  # of the whole text
+
+
+def read(path: Path, part: Part, spec: TokenizerSpec, tokenizer: Tokenizer) -> Text:
+    """Of a UTF-8 text, or of a directory that `nanogpt prepare` wrote. Raises ConfigError."""
+    if path.is_dir():
+        return _prepared(path, part, spec)
+    try:
+        content = path.read_bytes()
+        whole = content.decode()
+    except OSError as error:
+        raise ConfigError(f"can't read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: {error}; convert it first") from error
+    train, val = split(whole)
+    text = {"train": train, "val": val, "all": whole}[part]
+    try:
+        tokens = np.array(tokenizer.encode(text), np.int64)
+    except InvalidRequest as error:
+        raise ConfigError(f"{path}: {error.message.replace('the prompt', 'the text')}") from error
+    return Text(tokens, path.name, hashlib.sha256(content).hexdigest())
+
+
+def _prepared(path: Path, part: Part, spec: TokenizerSpec) -> Text:
+    data = Dataset(path)
+    ours, theirs = data.meta.tokenizer, spec
+    if (ours.kind, ours.characters) != (theirs.kind, theirs.characters):
+        raise ConfigError(f"{path} has other tokens than the model: give the text itself")
+    parts = {"train": [data.train], "val": [data.val], "all": [data.train, data.val]}[part]
+    return Text(np.concatenate(parts), data.meta.source, data.meta.source_sha256)
