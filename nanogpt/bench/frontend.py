@@ -174,7 +174,11 @@ def _with_front_end(rate: float, work: Callable[[_Front], T]) -> T:
         port = free_port()
         command = f"exec {shlex.quote(sys.executable)} -m nanogpt.bench.fake_rank {rate}"
         url = f"http://127.0.0.1:{port}/v1"
-        environ = {"NANOGPT_RUN_DIR": folder, "NANOGPT_ADMISSION_STATE": ":memory:"}
+        environ = {
+            "NANOGPT_RUN_DIR": folder,
+            "NANOGPT_ADMISSION_STATE": ":memory:",
+            "NANOGPT_JOBS_PATH": f"{folder}/jobs",
+        }
         started.append(
             ManagedServer(
                 "the front end", f"{command} --port {port}", url, cwd=PROJECT, environ=environ
