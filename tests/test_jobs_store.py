@@ -1,5 +1,6 @@
 """Every store of jobs does the same: leases, fences, one terminal result, whatever comes when."""
 
+import secrets
 import sqlite3
 import tempfile
 import threading
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from nanogpt.errors import StartupError, Unavailable
+from nanogpt.jobs.redis import RedisStore
 from nanogpt.jobs.sqlite import SqliteStore
 from nanogpt.jobs.store import ONCE_S, Job, Lane, Store, StoreUnavailable
+from tests.redis_server import redis_server
 
 LEASE_S = 30.0
 ENDS = ["completed", "failed", "cancelled", "incomplete"]
@@ -42,7 +45,38 @@ def sqlite_stores(directory: Path, clock: Clock) -> Open:
     return open_again
 
 
-STORES = {"sqlite": sqlite_stores}
+def redis_stores(url: str) -> Callable[[Path, Clock], Open]:
+    """Of a running Redis."""
+
+    def stores(directory: Path, clock: Clock) -> Open:
+        namespace = secrets.token_hex(4)
+
+        def open_again(max_queued: int = 1000, max_bytes: int = 10**9) -> Store:
+            return RedisStore(
+                url,
+                max_queued=max_queued,
+                max_bytes=max_bytes,
+                namespace=namespace,
+                clock=clock,
+            )
+
+        return open_again
+
+    return stores
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory):
+    with redis_server(tmp_path_factory.mktemp("redis")) as server:
+        yield server.url
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def stores(request):
+    """Opens stores, each time others."""
+    if request.param == "sqlite":
+        return sqlite_stores
+    return redis_stores(request.getfixturevalue("redis_url"))
 
 
 @pytest.fixture
@@ -50,9 +84,9 @@ def clock():
     return Clock()
 
 
-@pytest.fixture(params=list(STORES))
-def open_store(request, tmp_path, clock):
-    return STORES[request.param](tmp_path, clock)
+@pytest.fixture
+def open_store(stores, tmp_path, clock):
+    return stores(tmp_path, clock)
 
 
 @pytest.fixture
@@ -339,6 +373,7 @@ class Interleavings(RuleBasedStateMachine):
     """Workers that claim, die, wake up late and finish, in any order, against a model."""
 
     make: Callable[[Path, Clock], Open]
+    shared: bool  # between processes: the end of one says nothing of the leases of others
 
     def __init__(self) -> None:
         super().__init__()
@@ -436,7 +471,7 @@ class Interleavings(RuleBasedStateMachine):
         self.store.close()
         self.store = self.open()
         for known in self.known.values():
-            known.lease_until = 0.0
+            known.lease_until = known.lease_until if self.shared else 0.0
 
     @invariant()
     def is_as_known(self) -> None:
@@ -450,9 +485,9 @@ class Interleavings(RuleBasedStateMachine):
             assert records == known.records
 
 
-@pytest.mark.parametrize("name", STORES)
-def test_any_interleaving(name):
-    machine = type("Machine", (Interleavings,), {"make": staticmethod(STORES[name])}).TestCase
+def test_any_interleaving(stores):
+    parts = {"make": staticmethod(stores), "shared": stores is not sqlite_stores}
+    machine = type("Machine", (Interleavings,), parts).TestCase
     machine.settings = settings(
         max_examples=60,
         stateful_step_count=40,

@@ -1,0 +1,317 @@
+"""Jobs in Redis, for any number of servers on any number of machines: see redis_scripts.py for how
+they are kept.
+
+Durable is what Redis has on its disk: with `appendonly yes` and `appendfsync always` everything
+that was accepted, otherwise all but the last second or more.
+
+A write whose answer got lost is made again until Redis says how it ended: only then can the caller
+know what the job has. Each has a token, by which Redis knows it again.
+"""
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from nanogpt.errors import Unavailable
+from nanogpt.jobs import redis_scripts as scripts
+from nanogpt.jobs.redis_link import Link, MaybeDone
+from nanogpt.jobs.store import Count, Job, Kind, Lane, Status, StoreUnavailable, Verdict
+
+log = logging.getLogger(__name__)
+
+SWEEP_JOBS = 1000  # at once, so that others get a turn
+CROWDED = 0.9  # of max_bytes: above it, answers kept only for a repeat of their request make room
+OVERHEAD_BYTES = 1000  # of a job, in keys and indices
+BLOCK_S = 1.0  # how long one command waits for news
+AGAIN_S = 0.1  # between attempts of a write whose answer got lost
+READ_AGAIN_S = 1.0  # how long reads are tried again
+SURE_S = 25.0  # how long such a write is tried; the lease has nearly run out by then
+
+_jobs = msgspec.msgpack.Decoder(Job)
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class RedisStore:
+    """See Store. `namespace` tells apart what shares a Redis; `clock` is for tests. Does not
+    connect yet. Raises ConfigError."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        max_queued: int,
+        max_bytes: int,
+        namespace: str = "nanogpt",
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        self._link = Link(url)
+        self._prefix = f"{{{namespace}}}"
+        self._max_queued, self._max_bytes, self._clock = max_queued, max_bytes, clock
+
+    def close(self) -> None:
+        self._link.close()
+
+    @property
+    def link(self) -> Link:
+        """For what else the servers tell each other there."""
+        return self._link
+
+    def _key(self, *names: str) -> str:
+        return ":".join((self._prefix, *names))
+
+    def _run(self, script: str, *arguments: bytes | str | int | float) -> Any:
+        now = "" if self._clock is None else repr(self._clock())
+        return self._link.script(script, self._prefix, (now, *arguments))
+
+    def _surely(self, script: str, *arguments: bytes | str | int | float) -> Any:
+        """Run what may be run again, until it is known to be done or not. Raises MaybeDone when
+        that takes too long; StoreUnavailable when nothing was done."""
+        end = time.monotonic() + SURE_S
+        unsure: MaybeDone | None = None
+        while True:
+            try:
+                return self._run(script, *arguments)
+            except MaybeDone as error:
+                unsure = error
+            except StoreUnavailable:
+                if unsure is None:
+                    raise
+            if time.monotonic() > end:
+                raise unsure
+            time.sleep(AGAIN_S)
+
+    def _again(self, ask: Callable[[], Any]) -> Any:
+        """For what changes nothing: connections that a restart of Redis broke are no news."""
+        end = time.monotonic() + READ_AGAIN_S
+        while True:
+            try:
+                return ask()
+            except MaybeDone:
+                if time.monotonic() > end:
+                    raise
+
+    def put(self, job: Job) -> Job:
+        spec = _encode(job)
+        answer = self._surely(
+            scripts.PUT,
+            job.id,
+            job.kind,
+            job.owner,
+            int(job.lane),
+            job.created,
+            job.keep_s,
+            job.once,
+            job.status,
+            spec,
+            len(spec) + OVERHEAD_BYTES,
+            self._max_queued,
+            self._max_bytes,
+        )
+        if answer is None:
+            return job
+        if answer[0] == b"queued":
+            raise Unavailable(
+                f"{answer[1]} jobs are queued, the limit is {self._max_queued}; try again later",
+                retry_after=10,
+            )
+        if answer[0] == b"bytes":
+            raise Unavailable(
+                f"stored completions and batches take more than {self._max_bytes // 10**6} MB; "
+                "delete some, or wait until they expire",
+                retry_after=60,
+            )
+        known = _read(answer)
+        assert known is not None
+        return known
+
+    def claim(self, last: Lane, lease_s: float, timeout_s: float) -> Job | None:
+        end = time.monotonic() + timeout_s
+        while True:
+            answer = self._run(scripts.CLAIM, int(last), lease_s)
+            if isinstance(answer, list):
+                return _read(answer)
+            left = end - time.monotonic()
+            if left <= 0:
+                return None
+            self._wait(self._key("wake"), answer, left)
+
+    def _wait(self, stream: str, last: bytes | str, seconds: float) -> None:
+        """For an entry after the last one that is known."""
+        block_ms = max(1, int(1000 * min(seconds, BLOCK_S)))
+        self._link.command("XREAD", "COUNT", 1, "BLOCK", block_ms, "STREAMS", stream, last)
+
+    def renew(self, held: Mapping[str, int], lease_s: float) -> dict[str, Verdict]:
+        if not held:
+            return {}
+        pairs = (word for pair in held.items() for word in pair)
+        answer = self._surely(scripts.RENEW, lease_s, *pairs)
+        return {job_id: _text(found) for job_id, found in zip(held, answer, strict=True)}
+
+    def append(
+        self, job_id: str, fence: int, records: Sequence[bytes], state: bytes | None = None
+    ) -> Verdict:
+        try:
+            answer = self._surely(
+                scripts.APPEND, job_id, fence, *_token(), *_optional(state), *records
+            )
+        except MaybeDone:
+            return self._give_up(job_id)
+        return _text(answer)
+
+    def _give_up(self, job_id: str) -> Verdict:
+        """What the job has is not known here, so nobody may go on from here: whoever gets the
+        lease next reads it."""
+        log.error("job %s: the queue did not say whether a write was done: left to others", job_id)
+        return "lost"
+
+    def complete(
+        self,
+        job_id: str,
+        fence: int,
+        status: Status,
+        result: bytes,
+        *,
+        records: Sequence[bytes] = (),
+        state: bytes | None = None,
+        forget_records: bool = False,
+    ) -> bool:
+        try:
+            answer = self._surely(
+                scripts.COMPLETE,
+                job_id,
+                fence,
+                *_token(),
+                *_optional(state),
+                status,
+                result,
+                int(forget_records),
+                *records,
+            )
+        except MaybeDone:
+            self._give_up(job_id)
+            return False
+        return bool(answer)
+
+    def get(self, job_id: str) -> Job | None:
+        return self._again(lambda: _read(self._link.command("HGETALL", self._key("job", job_id))))
+
+    def find(self, once: str) -> Job | None:
+        return self._again(lambda: _read(self._run(scripts.FIND, once)))
+
+    def read(
+        self, job_id: str, after: int, timeout_s: float = 0.0, limit: int = 1000
+    ) -> tuple[Job | None, list[bytes]]:
+        end = time.monotonic() + timeout_s
+        stream = self._key("records", job_id)
+        while True:
+            job, records = self._again(lambda: self._read(job_id, stream, after, limit))
+            left = end - time.monotonic()
+            if records or job is None or job.ended or left <= 0:
+                return job, records
+            self._wait(stream, f"0-{after}", left)
+
+    def _read(
+        self, job_id: str, stream: str, after: int, limit: int
+    ) -> tuple[Job | None, list[bytes]]:
+        # The job first: when it has ended, all of its records are there.
+        answers = self._link.commands(
+            ("HGETALL", self._key("job", job_id)),
+            ("XRANGE", stream, f"(0-{after}", "1-0", "COUNT", limit),
+        )
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise StoreUnavailable(f"the queue can't be read: {answer}", retry_after=5)
+        fields, entries = answers
+        return _read(fields), [entry[1][1] for entry in entries]
+
+    def cancel(self, job_id: str) -> Job | None:
+        return _read(self._surely(scripts.CANCEL, job_id))
+
+    def delete(self, job_id: str) -> bool:
+        return bool(self._surely(scripts.DELETE, job_id))
+
+    def page(
+        self, kind: Kind, owner: str | None, *, after: str, limit: int, newest: bool
+    ) -> list[Job]:
+        return self._again(lambda: self._page(kind, owner, after, limit, newest))
+
+    def _page(
+        self, kind: Kind, owner: str | None, after: str, limit: int, newest: bool
+    ) -> list[Job]:
+        index = self._key("list", kind) if owner is None else self._key("list", kind, owner)
+        first, last = ("+inf", "-inf") if newest else ("-inf", "+inf")
+        if after:
+            number = self._link.command("HGET", self._key("job", after), "number")
+            if number is None:
+                return []
+            first = f"({int(number)}"
+        order = "ZREVRANGEBYSCORE" if newest else "ZRANGEBYSCORE"
+        ids = self._link.command(order, index, first, last, "LIMIT", 0, limit)
+        if not ids:
+            return []
+        found = self._link.commands(*(("HGETALL", self._key("job", _text(i))) for i in ids))
+        return [job for fields in found if (job := _read(fields)) is not None]
+
+    def counts(self) -> list[Count]:
+        flat = self._again(lambda: self._link.command("HGETALL", self._key("counts")))
+        found = []
+        for name, jobs in _pairs(flat):
+            lane, status = name.split(":")
+            if int(jobs):
+                found.append(Count(Lane(int(lane)), _status(status), int(jobs)))
+        return found
+
+    def sweep(self) -> list[str]:
+        crowded = int(CROWDED * self._max_bytes)
+        return [_text(gone) for gone in self._surely(scripts.SWEEP, SWEEP_JOBS, crowded)]
+
+
+def _token() -> tuple[str]:
+    return (secrets.token_hex(8),)
+
+
+def _optional(state: bytes | None) -> tuple[int, bytes]:
+    return (0, b"") if state is None else (1, state)
+
+
+def _text(word: Any) -> Any:
+    return word.decode() if isinstance(word, bytes) else word
+
+
+def _pairs(flat: Any) -> list[tuple[str, bytes]]:
+    """Of a hash, as either version of the protocol gives it."""
+    pairs = flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
+    return [(_text(name), value) for name, value in pairs]
+
+
+def _status(text: str) -> Status:
+    return msgspec.convert(text, Status)
+
+
+def _read(flat: Any) -> Job | None:
+    """The job with these fields; None without any. Raises StoreUnavailable for an error."""
+    if isinstance(flat, Exception):
+        raise StoreUnavailable(f"the queue can't be read: {flat}", retry_after=5)
+    if not flat:
+        return None
+    fields = dict(_pairs(flat))
+
+    def number(name: str) -> float | None:
+        return float(fields[name]) if name in fields else None
+
+    spec = _jobs.decode(fields["spec"])
+    return msgspec.structs.replace(
+        spec,
+        status=_status(_text(fields["status"])),
+        fence=int(fields.get("fence", 0)),
+        tries=int(fields.get("tries", 0)),
+        cancelled=number("cancelled"),
+        started=number("started"),
+        finished=number("finished") if "finished" in fields else spec.finished,
+        state=fields.get("state", spec.state),
+        result=fields.get("result", spec.result),
+    )
