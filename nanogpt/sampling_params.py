@@ -29,6 +29,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    crop: bool = False  # past the context, see the last context_length tokens; else end there
 
     @property
     def is_greedy(self) -> bool:

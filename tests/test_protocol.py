@@ -71,6 +71,7 @@ ACCEPTED = [
     ("min_tokens", [0, 16]),
     ("ignore_eos", [True, False]),
     ("stop_token_ids", [[], [5, 6]]),
+    ("past_context", ["stop", "crop"]),
     ("return_token_ids", [True, False]),
     ("priority", [-5, 0, 5]),
     ("background", [False, True]),
@@ -102,6 +103,7 @@ REFUSED = [
     ("min_tokens", [-1, 17]),  # max_tokens is 16
     ("ignore_eos", [1]),
     ("stop_token_ids", [[-1], ["a"], 5]),
+    ("past_context", ["", "slide", True]),
     ("return_token_ids", [1]),
     ("priority", [2**31, 1.5]),
     ("background", [1, "yes"]),

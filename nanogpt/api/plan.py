@@ -8,7 +8,7 @@ import msgspec
 
 from nanogpt.api.catalogue import not_served, system_fingerprint
 from nanogpt.api.decode import clip
-from nanogpt.api.protocol import CompletionRequest
+from nanogpt.api.protocol import MAX_CONTEXTS, CompletionRequest
 from nanogpt.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, Unavailable
 from nanogpt.registry import ModelCard, ModelInfo, aliases, find_card
 from nanogpt.request import GenerateRequest
@@ -77,14 +77,17 @@ def make_plan(
     _check_some_token_left(request, info)
     texts, prompts = _prompts(request, info, tokenizer)
     for prompt in prompts:
-        _check_length(len(prompt), request.max_tokens, info)
-    _check_answer_size(request, texts, prompts)
+        _check_length(len(prompt), request, info)
+    max_tokens = request.max_tokens
+    if request.past_context == "stop":
+        max_tokens = min(max_tokens, info.context_length - min(map(len, prompts)))
+    _check_answer_size(request, texts, prompts, max_tokens)
     generate = GenerateRequest(
         request_id=f"cmpl-{secrets.token_hex(16)}",
         model=info.name,
         prompts=prompts,
         n=request.generated,
-        params=_sampling_params(request),
+        params=_sampling_params(request, max_tokens),
         priority=request.priority,
         tenant=tenant,
         weight=weight,
@@ -109,12 +112,12 @@ def _check_some_token_left(request: CompletionRequest, info: ModelInfo) -> None:
         )
 
 
-def _sampling_params(request: CompletionRequest) -> SamplingParams:
+def _sampling_params(request: CompletionRequest, max_tokens: int) -> SamplingParams:
     ranked = request.generated > request.n  # best_of chooses by log probability
     return SamplingParams(
         # Drawn here, so that a restart of the engines goes on with the same random numbers.
         seed=secrets.randbits(63) if request.seed is None else request.seed,
-        max_tokens=request.max_tokens,
+        max_tokens=max_tokens,
         temperature=request.temperature,
         top_p=request.top_p,
         top_k=max(request.top_k, 0),
@@ -127,7 +130,8 @@ def _sampling_params(request: CompletionRequest) -> SamplingParams:
         ignore_eos=request.ignore_eos,
         stop_token_ids=tuple(request.stop_token_ids),
         logprobs=0 if request.logprobs is None and ranked else request.logprobs,
-        prompt_logprobs=request.echo and request.logprobs is not None,
+        prompt_logprobs=_scores_prompt(request),
+        crop=request.past_context == "crop",
     )
 
 
@@ -145,21 +149,36 @@ def _prompts(
         each = prompt  # type: ignore[assignment]
     texts, tokens = [], []
     for one in each:
-        ids = encode_prompt(one, info, tokenizer) if isinstance(one, str) else one
-        if not isinstance(one, str):
-            _check_length(len(ids), request.max_tokens, info)
-            check_ids(ids, info, "prompt")
-        tokens.append(tuple(ids))
-        texts.append(one if isinstance(one, str) else tokenizer.decode(ids))
+        if isinstance(one, str):
+            texts.append(one)
+            tokens.append(tuple(encode_prompt(one, info, tokenizer, _most_tokens(request, info))))
+        else:
+            _check_length(len(one), request, info)
+            check_ids(one, info, "prompt")
+            texts.append(tokenizer.decode(one))
+            tokens.append(tuple(one))
     return tuple(texts), tuple(tokens)
 
 
-def encode_prompt(text: str, info: ModelInfo, tokenizer: Tokenizer) -> Sequence[int]:
-    """Tokens of a prompt; the start token for an empty one. Raises InvalidRequest."""
+def _scores_prompt(request: CompletionRequest) -> bool:
+    return request.echo and request.logprobs is not None
+
+
+def _most_tokens(request: CompletionRequest, info: ModelInfo) -> int:
+    """Of prompt and completion together."""
+    return info.context_length * (MAX_CONTEXTS if request.past_context == "crop" else 1)
+
+
+def encode_prompt(
+    text: str, info: ModelInfo, tokenizer: Tokenizer, most_tokens: int = 0
+) -> Sequence[int]:
+    """Tokens of a prompt; the start token for an empty one. Raises InvalidRequest, also for a text
+    that can't be fewer than `most_tokens`, a context if 0."""
     if not text:
         return (info.start_token_id,)
     size = len(text.encode())
-    if size > tokenizer.max_token_bytes * info.context_length:  # refused without tokenising it
+    most_tokens = most_tokens or info.context_length
+    if size > tokenizer.max_token_bytes * most_tokens:  # refused without tokenising it
         raise ContextLengthExceeded(
             f"this model's context is {info.context_length} tokens; a prompt of {size} bytes "
             "can't fit; shorten the prompt",
@@ -168,13 +187,19 @@ def encode_prompt(text: str, info: ModelInfo, tokenizer: Tokenizer) -> Sequence[
     return tokenizer.encode(text)
 
 
-def _check_length(prompt_tokens: int, max_tokens: int, info: ModelInfo) -> None:
+def _check_length(prompt_tokens: int, request: CompletionRequest, info: ModelInfo) -> None:
+    most, max_tokens = _most_tokens(request, info), request.max_tokens
     total = prompt_tokens + max_tokens
-    if total <= info.context_length:
+    if _scores_prompt(request) and prompt_tokens > info.context_length:
+        most = info.context_length  # log probabilities of a prompt are those within one context
+    elif request.past_context == "stop":
+        total = prompt_tokens
+    if total <= most:
         return
-    too_long = prompt_tokens > info.context_length
+    too_long = prompt_tokens > most
+    allowed = f", and {most} are allowed" if most > info.context_length else ""
     raise ContextLengthExceeded(
-        f"this model's context is {info.context_length} tokens; you asked for {total} "
+        f"this model's context is {info.context_length} tokens{allowed}; you asked for {total} "
         f"({prompt_tokens} in the prompt, {max_tokens} in the completion); "
         f"{'shorten the prompt' if too_long else 'shorten the prompt or lower max_tokens'}",
         param="prompt" if too_long else "max_tokens",
@@ -182,7 +207,10 @@ def _check_length(prompt_tokens: int, max_tokens: int, info: ModelInfo) -> None:
 
 
 def _check_answer_size(
-    request: CompletionRequest, texts: Sequence[str], prompts: Sequence[Sequence[int]]
+    request: CompletionRequest,
+    texts: Sequence[str],
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
 ) -> None:
     """Before any work is done: a small request could have an answer of gigabytes."""
     echoed = request.generated * sum(map(len, texts)) if request.echo else 0
@@ -195,7 +223,7 @@ def _check_answer_size(
         )
     if request.logprobs is None:
         return
-    tokens = sum(request.max_tokens + request.echo * len(prompt) for prompt in prompts)
+    tokens = sum(max_tokens + request.echo * len(prompt) for prompt in prompts)
     entries = request.generated * tokens * (request.logprobs + 1)
     if entries > MAX_LOGPROBS:
         raise InvalidRequest(

@@ -3,7 +3,7 @@
 The structs are the single definition: they validate, and openapi.py makes the schema from them.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -17,6 +17,7 @@ MAX_CHOICES = 4096  # prompts * max(n, best_of): each holds text and state until
 MAX_STOPS = 4
 MAX_STOP_CHARS = 512  # a stream holds back up to this much text
 MAX_LOGIT_BIAS = 1024
+MAX_CONTEXTS = 16  # of prompt and completion past the context: work grows with the square
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 TokenId = Annotated[int, Meta(ge=0)]
@@ -159,6 +160,17 @@ class CompletionRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     ignore_eos: Annotated[bool, Meta(description="true to go on past the end token, or false")] = (
         False
     )
+    past_context: (
+        Annotated[
+            Literal["stop", "crop"],
+            Meta(
+                description='"stop": a choice ends with the context, whatever max_tokens says; '
+                f'"crop": it goes on from the last tokens, up to {MAX_CONTEXTS} contexts in all, '
+                "each token at the price of a whole prompt; null: what does not fit is refused",
+            ),
+        ]
+        | None
+    ) = None
     stop_token_ids: Annotated[
         list[TokenId],
         Meta(max_length=1024, description="a list of up to 1024 token ids that end a choice"),

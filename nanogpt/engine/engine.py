@@ -262,6 +262,8 @@ class Engine:
         else:
             event = _token_event(seq, (token_id,), logprobs)
         seq.append(token_id)
+        if len(seq.tokens) > seq.context_length:
+            self._scheduler.slide(seq)
         return event
 
     def _finish_burst(self, bursts: Bursts) -> list[EngineEvent]:

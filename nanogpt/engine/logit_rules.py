@@ -86,6 +86,7 @@ def _has_penalty(seq: Sequence) -> bool:
 def _counts(seq: Sequence) -> TokenCounts:
     """The sequence's counts, made on first use; whoever appends a token keeps them up to date."""
     if seq.counts is None:
-        seen = seq.tokens[: seq.prompt_len] if seq.params.repetition_penalty != 1 else ()
-        seq.counts = TokenCounts(seen, seq.tokens[seq.prompt_len :])
+        tokens, prompt_len = seq.dropped + seq.tokens, len(seq.dropped) + seq.prompt_len
+        seen = tokens[:prompt_len] if seq.params.repetition_penalty != 1 else ()
+        seq.counts = TokenCounts(seen, tokens[prompt_len:])
     return seq.counts

@@ -178,6 +178,20 @@ class Scheduler:
         seq.flow.charge(count)
         self._last = None
 
+    def slide(self, seq: Sequence) -> None:
+        """After a token for which the context of a running sequence has no room: compute the last
+        ones anew, in other blocks (these may be shared), or preempt it if there are too few."""
+        seq.slide()
+        self.blocks.release(seq.block_table)
+        seq.block_table = []
+        count = self.blocks.blocks_for(len(seq.tokens))
+        if count > self.blocks.num_free:
+            self._preempt(seq)
+            self.num_preemptions += 1
+            return
+        seq.block_table = self.blocks.allocate(count)
+        self._last = None
+
     def finish(self, seq: Sequence) -> None:
         """Take a sequence out, wherever it is; its followers go on without it."""
         self.flows.leave(seq)
@@ -264,13 +278,16 @@ class Scheduler:
         chunk = Chunk(seq, start, end)
         batch.chunks.append(chunk)
         batch.budget -= end - start
-        self.num_prompt_tokens += max(0, min(end, seq.prompt_len) - start)
+        if not seq.has_slid:
+            self.num_prompt_tokens += max(0, min(end, seq.prompt_len) - start)
         seq.num_computed = end
         self._register(seq, start, end)
         served = max(0, min(end, seq.prompt_len) - seq.num_charged)
         seq.num_charged += served
         if not seq.remaining and seq.wants_token:
             chunk.samplers = [seq, *self._fork(seq)]
+            if seq.has_slid:
+                served = end  # each token takes a context of its own
         seq.flow.charge(served + len(chunk.samplers))
 
     def _fork(self, leader: Sequence) -> list[Sequence]:
@@ -293,6 +310,8 @@ class Scheduler:
         return forked
 
     def _register(self, seq: Sequence, start: int, end: int) -> None:
+        if seq.has_slid:
+            return  # nobody will ask for it, and it would take the place of a prompt
         size = self.blocks.block_size
         if start // size != end // size:
             extend_hashes(seq.block_hashes, seq.tokens, size, end // size)
@@ -360,6 +379,8 @@ class Scheduler:
     def _find_cached(self, seq: Sequence) -> list[int]:
         """Cached blocks of the sequence's beginning. At least the last token is left to compute,
         since its logits are needed, and so is whatever has to be scored."""
+        if seq.has_slid:
+            return []
         usable = min(len(seq.tokens), seq.score_next if seq.scoring else len(seq.tokens)) - 1
         count = usable // self.blocks.block_size
         extend_hashes(seq.block_hashes, seq.tokens, self.blocks.block_size, count)
@@ -370,7 +391,7 @@ class Scheduler:
         fresh = self.blocks.blocks_for(len(seq.tokens)) - len(cached)
         seq.block_table = cached + self.blocks.allocate(fresh)
         seq.num_computed = len(cached) * self.blocks.block_size
-        num_cached = min(seq.num_computed, seq.prompt_len)
+        num_cached = max(0, min(seq.num_computed, seq.prompt_len))
         self.num_cached_tokens += num_cached
         seq.num_charged = max(seq.num_charged, num_cached)
         if seq.cached_tokens is None:

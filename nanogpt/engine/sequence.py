@@ -7,6 +7,13 @@ values in the cache; as soon as all of them have, the next token can be sampled:
     cache    [. . . .][. . . .][. . . .]      block_table (blocks of 4), num_computed = 12
                                         ^ one token to compute: a decode step
 
+A sequence that may go past the context (params.crop) slides when it does: it keeps the last
+context_length tokens, as nanoGPT's generate() does. All of them have new positions then, so none
+has keys and values, and each further token takes a prefill of a whole context:
+
+    context of 8      dropped p p p        tokens   p p p o o o o o       prompt_len = 3
+    later             dropped p p p p p p o o      tokens   o o o o o o o o      prompt_len = -2
+
 The choices of one prompt start as one leader with followers: the leader computes the prompt, and
 followers take its blocks by reference when the prompt is complete (see scheduler.py).
 """
@@ -42,13 +49,17 @@ class Sequence:
         "block_table",
         "cached_tokens",
         "choice_j",
+        "context_length",
         "counts",
+        "dropped",
         "ends",
         "flow",
         "followers",
+        "has_slid",
         "index",
         "leader",
         "max_new",
+        "may_slide",
         "num_charged",
         "num_computed",
         "params",
@@ -76,10 +87,15 @@ class Sequence:
         self.index = index
         self.prompt_i, self.choice_j = divmod(index, request.n)
         prompt = request.prompts[self.prompt_i]
-        self.prompt_len = len(prompt)
+        self.prompt_len = len(prompt)  # where the output begins in `tokens`
         self.tokens: list[int] = [*prompt, *(request.resumed[index] if request.resumed else ())]
         self.ends: tuple[int, ...] = ()  # tokens that end it, as end_token_ids; set by the engine
-        self.max_new = min(request.params.max_tokens, context_length - self.prompt_len)
+        self.context_length = context_length
+        room = max(0, context_length - self.prompt_len)
+        most = self.params.max_tokens
+        self.max_new = most if self.params.crop else min(most, room)
+        self.may_slide = self.max_new > room
+        self.dropped: list[int] = []  # what has slid out of the context, from the first token on
 
         self.running = False
         self.num_computed = 0
@@ -87,6 +103,9 @@ class Sequence:
         self.block_hashes: list[bytes] = []
         self.cached_tokens: int | None = None  # of the prompt; None: not admitted yet
         self.num_charged = 0  # tokens of the prompt that its tenant has had, cached or computed
+        self.has_slid = False
+        if len(self.tokens) > context_length:
+            self.slide()
         self.leader: Sequence | None = None
         self.followers: list[Sequence] = []
         self.score_next = self.prompt_len  # next prompt position to report log probabilities of
@@ -124,6 +143,15 @@ class Sequence:
         self.tokens.append(token_id)
         if self.counts is not None:
             self.counts.add(token_id)
+
+    def slide(self) -> None:
+        """Keep what fits into the context, all of which is to be computed."""
+        count = len(self.tokens) - self.context_length
+        self.dropped += self.tokens[:count]
+        del self.tokens[:count]
+        self.prompt_len -= count
+        self.num_computed, self.block_hashes = 0, []
+        self.has_slid = self.output_len > 0  # the end of a long prompt is like any other prompt
 
     def end_token_ids(self, eos_token_id: int | None) -> tuple[int, ...]:
         """Tokens that end the choice and are not part of it."""

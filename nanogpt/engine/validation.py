@@ -25,7 +25,8 @@ def problem_with(request: GenerateRequest, *, vocab_size: int, context_length: i
     if not MIN_WEIGHT <= request.weight <= MAX_WEIGHT:
         return f"weight is {request.weight}; it must be from {MIN_WEIGHT} to {MAX_WEIGHT}"
     for prompt in request.prompts:
-        if not 1 <= len(prompt) <= context_length:
+        crops = request.params.crop and not request.params.prompt_logprobs
+        if not prompt or (len(prompt) > context_length and not crops):
             return f"a prompt of {len(prompt)} tokens; the context has {context_length}"
     for tokens in (*request.prompts, *request.resumed):
         if tokens and not (min(tokens) >= 0 and max(tokens) < vocab_size):
