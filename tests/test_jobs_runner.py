@@ -24,7 +24,7 @@ def store(tmp_path, monkeypatch):
 
 
 @contextlib.contextmanager
-def running(store, execute, *, room=4, ready=lambda: True, size=1):
+def running(store, execute, *, room=4, ready=lambda: True, size=1, **more):
     runner = Runner(
         store,
         {"completion": execute},
@@ -32,6 +32,7 @@ def running(store, execute, *, room=4, ready=lambda: True, size=1):
         size=lambda job: size,
         room=room,
         failed=lambda job, error: repr(error).encode(),
+        **more,
     )
     runner.start()
     try:
@@ -161,10 +162,8 @@ def test_a_lost_lease_writes_nothing(store):
     assert store.read("j", 0)[1] == []
 
 
-def test_leases_are_renewed(store, monkeypatch):
-    monkeypatch.setattr(runner_module, "LEASE_S", 0.5)
-    monkeypatch.setattr(runner_module, "RENEW_S", 0.05)
-    with running(store, wait_until_told):
+def test_leases_are_renewed(store):
+    with running(store, wait_until_told, lease_s=0.5):
         store.put(job("j"))
         wait_for(lambda: store.get("j").status == "in_progress")
         time.sleep(1.0)
@@ -209,3 +208,20 @@ def test_what_has_expired_is_swept(store):
     runner.start()
     wait_for(lambda: ["j"] in swept)
     runner.close()
+
+
+def test_jobs_that_somebody_waits_for_are_left_to_others_without_room(store):
+    go_on = threading.Event()
+
+    def work(lease: Lease) -> None:
+        go_on.wait(60)
+        finish(lease)
+
+    with running(store, work, room_now=2):
+        for i in range(3):
+            store.put(job(f"j{i}", lane=Lane.NOW))
+        wait_for(lambda: store.get("j1").status == "in_progress")
+        time.sleep(0.2)
+        assert store.get("j2").status == "queued"
+        go_on.set()
+        assert ended(store, "j2")

@@ -28,7 +28,10 @@ def event(value: object) -> bytes:
 
 
 def ranks_header(owners: Sequence[int], chosen: Iterable[int]) -> str | None:
-    """Value of x-nanogpt-ranks: which rank generates each choice, by its index in the answer."""
+    """Value of x-nanogpt-ranks: which rank generates each choice, by its index in the answer.
+    None when that is not known, or too long."""
+    if not owners:
+        return None
     ranks = [str(owners[index]) for index in chosen]
     return ",".join(ranks) if len(ranks) <= MAX_RANKS_SHOWN else None
 

@@ -15,10 +15,11 @@ from nanogpt.jobs.store import Job, Kind, Lane, Status, Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
-LEASE_S = 30.0
-RENEW_S = 10.0
+LEASE_S = 30.0  # it is renewed three times in this time
+SHARED_LEASE_S = 9.0  # where others wait to take over: how long clients wait for that
 SWEEP_S = 60.0
 CLAIM_S = 0.2  # how long to wait for a job before looking around; a new one is claimed at once
+FULL_S = 0.01  # between two looks for room
 RETRY_S = 1.0  # after a store or a cluster that could not
 MAX_TRIES = 10  # claims in a row that brought no progress: the job ends whoever takes it
 MAX_BATCHES = 4  # at once; they share the room
@@ -111,7 +112,8 @@ the job."""
 
 class Runner:
     """`room` says how many choices more may be worked on; `size` how many a job has; `failed` makes
-    the result of a job that ended in an error."""
+    the result of a job that ended in an error. `room_now` limits those for which somebody waits,
+    where other processes may take them."""
 
     def __init__(
         self,
@@ -123,9 +125,12 @@ class Runner:
         room: int,
         failed: Callable[[Job, Exception], bytes],
         on_swept: Callable[[list[str]], None] = lambda ids: None,
+        lease_s: float = LEASE_S,
+        room_now: float = float("inf"),
     ) -> None:
         self._store, self._executors, self._ready = store, executors, ready
         self._size, self._room, self._failed, self._on_swept = size, room, failed, on_swept
+        self._lease_s, self._room_now = lease_s, room_now
         self._lock = threading.Lock()
         self._running: dict[str, tuple[Lease, int]] = {}
         self._threads: set[threading.Thread] = set()
@@ -182,25 +187,31 @@ class Runner:
             self._on_swept(gone)
             self._sweep_at = now if gone else now + SWEEP_S
         if now >= self._renew_at:
-            self._renew_at = now + RENEW_S
             with self._lock:
                 held = {job_id: lease.job.fence for job_id, (lease, _) in self._running.items()}
-            self._store.renew(held, LEASE_S)
+            self._store.renew(held, self._lease_s)
+            self._renew_at = now + self._lease_s / 3
         if not self._claiming or not self._ready():
             self._stop.wait(0.1)
             return
         last = self._last_lane()
+        if last is None:
+            self._stop.wait(FULL_S)
+            return
         # Without room for all lanes the wait is short: room may be made at any moment.
-        job = self._store.claim(last, LEASE_S, CLAIM_S if last is Lane.BATCH else CLAIM_S / 4)
+        job = self._store.claim(last, self._lease_s, CLAIM_S if last is Lane.BATCH else CLAIM_S / 4)
         if job is not None:
             self._begin(job)
 
-    def _last_lane(self) -> Lane:
+    def _last_lane(self) -> Lane | None:
         """The last lane that there is room for. Those for which somebody waits are never held up
         by the others."""
         with self._lock:
             jobs = [lease.job for lease, _ in self._running.values()]
+            total = sum(n for _, n in self._running.values())
             used = sum(n for lease, n in self._running.values() if lease.job.lane != Lane.NOW)
+        if total - used >= self._room_now:
+            return None
         if used >= self._room:
             return Lane.NOW
         batches = sum(job.lane == Lane.BATCH for job in jobs)

@@ -19,7 +19,7 @@ import msgspec
 from nanogpt.errors import Unavailable
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled", "incomplete"]
-Kind = Literal["completion", "batch", "file"]
+Kind = Literal["completion", "generate", "batch", "file"]
 Verdict = Literal["held", "cancelled", "lost"]
 
 ONCE_S = 24 * 3600.0  # how long an idempotency name stands for its job

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import msgspec
 
@@ -12,7 +11,7 @@ from nanogpt.api.catalogue import system_fingerprint
 from nanogpt.api.errors import ClientGone
 from nanogpt.api.exchange import Exchange
 from nanogpt.api.jobs import outcome
-from nanogpt.api.jobs.outcome import Progress
+from nanogpt.api.jobs.generated import Generated
 from nanogpt.api.metrics import Metrics
 from nanogpt.api.plan import Plan, find_model, make_plan
 from nanogpt.api.response import Collected
@@ -20,7 +19,7 @@ from nanogpt.api.response import encode as to_json
 from nanogpt.errors import ServerError
 from nanogpt.jobs.runner import Lease
 from nanogpt.jobs.store import StoreUnavailable
-from nanogpt.request import EngineEvent, GenerateRequest, PromptScored, RequestFailed, TokenEvent
+from nanogpt.request import EngineEvent
 from nanogpt.tokenizer import Tokenizer
 
 # How often new tokens are kept, and so shown to those who follow. Each time is a disk flush, which
@@ -108,72 +107,21 @@ def _again(old: Plan, new: Plan) -> Plan:
     return msgspec.structs.replace(new, request=request, created=old.created)
 
 
-class Text:
+class Text(Generated):
     """A completion as far as it has come: what was kept, and on top of it what is not yet."""
 
     def __init__(self, plan: Plan, tokenizer: Tokenizer, records: Sequence[bytes] = ()) -> None:
+        super().__init__(plan.request, records)
         self.plan = plan
         self.assembler = Assembler(plan, tokenizer)
         self.collected = Collected(plan)
-        self._generated: list[list[int]] = [[] for _ in self.assembler.choices]
-        self._scored = [0] * len(plan.request.prompts)
-        self._fresh: list[EngineEvent] = []
         for record in records:
-            events = outcome.progress(record).events
-            self._count(events)
-            deltas, _ = self.assembler.feed(events)
+            deltas, _ = self.assembler.feed(outcome.progress(record).events)
             self.collected.add(deltas)
 
-    def _count(self, events: Sequence[EngineEvent]) -> None:
-        for event in events:
-            if isinstance(event, TokenEvent):
-                self._generated[event.index].extend(event.token_ids)
-            elif isinstance(event, PromptScored):
-                self._scored[event.prompt_i] += len(event.logprobs)
-
-    def accept(self, events: Sequence[EngineEvent]) -> list[EngineEvent]:
-        """The events as far as they are new: a resumed prompt is scored from its start."""
-        new = [kept for event in events if (kept := self._unknown(event)) is not None]
-        self._fresh += [event for event in new if not isinstance(event, RequestFailed)]
-        self._count(new)
-        return new
-
-    def _unknown(self, event: EngineEvent) -> EngineEvent | None:
-        if not isinstance(event, PromptScored):
-            return event
-        known = self._scored[event.prompt_i] + 1 - event.position  # positions begin at 1
-        if known <= 0:
-            return event
-        if known >= len(event.logprobs):
-            return None
-        return msgspec.structs.replace(
-            event, position=event.position + known, logprobs=event.logprobs[known:]
-        )
-
-    @property
-    def has_unkept(self) -> bool:
-        return bool(self._fresh)
-
-    def unkept(self) -> list[bytes]:
-        """What is not kept yet, as one record; or none."""
-        return [outcome.encode(Progress.of(self._fresh))] if self._fresh else []
-
-    def mark_kept(self) -> None:
-        self._fresh = []
-
-    def remaining(self, fence: int) -> GenerateRequest:
-        """What the engines still have to do."""
-        request = self.plan.request
-        finished = [c.index for c in self.assembler.choices if c.finish_reason is not None]
-        # Another attempt may still be ending: the engines must tell them apart.
-        changes: dict[str, Any] = {"request_id": f"{request.request_id}.{fence}"}
-        changes["finished"] = tuple(finished)
-        if any(self._generated):
-            changes["resumed"] = tuple(map(tuple, self._generated))
-        scored = zip(self._scored, request.prompts, strict=True)
-        if request.params.prompt_logprobs and all(n >= len(p) - 1 for n, p in scored):
-            changes["params"] = msgspec.structs.replace(request.params, prompt_logprobs=False)
-        return msgspec.structs.replace(request, **changes)
+    def finished(self) -> list[int]:
+        """Also choices that a stop string has ended."""
+        return [c.index for c in self.assembler.choices if c.finish_reason is not None]
 
     def completed(self) -> bytes:
         """The result of the job."""
@@ -181,7 +129,7 @@ class Text:
 
     def ended(self, error: Exception | None) -> bytes:
         """The result when it was cancelled, or can't go on because of `error`."""
-        partial = self._json() if any(self._generated) else b""
+        partial = self._json() if self.has_any else b""
         if error is None:
             return outcome.encode(outcome.cancelled(partial))
         return outcome.encode(outcome.failure(error, partial))

@@ -1,0 +1,88 @@
+"""What the engines have generated of a request so far: kept in a job's records, and not yet."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from nanogpt.api.jobs import outcome
+from nanogpt.api.jobs.outcome import Progress
+from nanogpt.request import EngineEvent, GenerateRequest, PromptScored, RequestFailed, TokenEvent
+
+
+class Generated:
+    """Of one request. `records` are those of its job."""
+
+    def __init__(self, request: GenerateRequest, records: Sequence[bytes] = ()) -> None:
+        self._request = request
+        self._tokens: list[list[int]] = [[] for _ in range(len(request.prompts) * request.n)]
+        self._finished: set[int] = set()
+        self._scored = [0] * len(request.prompts)
+        self._fresh: list[EngineEvent] = []
+        for record in records:
+            self._count(outcome.progress(record).events)
+
+    def _count(self, events: Sequence[EngineEvent]) -> None:
+        for event in events:
+            if isinstance(event, TokenEvent):
+                self._tokens[event.index].extend(event.token_ids)
+                if event.finish_reason is not None:
+                    self._finished.add(event.index)
+            elif isinstance(event, PromptScored):
+                self._scored[event.prompt_i] += len(event.logprobs)
+
+    @property
+    def has_any(self) -> bool:
+        return any(self._tokens)
+
+    def finished(self) -> Iterable[int]:
+        """Choices that need no more work."""
+        return sorted(self._finished)
+
+    @property
+    def done(self) -> bool:
+        """Whether every choice has come to its own end."""
+        return len(self._finished) == len(self._tokens)
+
+    def accept(self, events: Sequence[EngineEvent]) -> list[EngineEvent]:
+        """The events as far as they are new: a resumed prompt is scored from its start."""
+        new = [kept for event in events if (kept := self._unknown(event)) is not None]
+        self._fresh += [event for event in new if not isinstance(event, RequestFailed)]
+        self._count(new)
+        return new
+
+    def _unknown(self, event: EngineEvent) -> EngineEvent | None:
+        if not isinstance(event, PromptScored):
+            return event
+        known = self._scored[event.prompt_i] + 1 - event.position  # positions begin at 1
+        if known <= 0:
+            return event
+        if known >= len(event.logprobs):
+            return None
+        return msgspec.structs.replace(
+            event, position=event.position + known, logprobs=event.logprobs[known:]
+        )
+
+    @property
+    def has_unkept(self) -> bool:
+        return bool(self._fresh)
+
+    def unkept(self) -> list[bytes]:
+        """What is not kept yet, as one record; or none."""
+        return [outcome.encode(Progress.of(self._fresh))] if self._fresh else []
+
+    def mark_kept(self) -> None:
+        self._fresh = []
+
+    def remaining(self, fence: int) -> GenerateRequest:
+        """What the engines still have to do."""
+        request = self._request
+        # Another attempt may still be ending: the engines must tell them apart.
+        changes: dict[str, Any] = {"request_id": f"{request.request_id}.{fence}"}
+        changes["finished"] = tuple(self.finished())
+        if any(self._tokens):
+            changes["resumed"] = tuple(map(tuple, self._tokens))
+        scored = zip(self._scored, request.prompts, strict=True)
+        if request.params.prompt_logprobs and all(n >= len(p) - 1 for n, p in scored):
+            changes["params"] = msgspec.structs.replace(request.params, prompt_logprobs=False)
+        return msgspec.structs.replace(request, **changes)
