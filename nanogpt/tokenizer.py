@@ -8,7 +8,7 @@ the text, also for a megabyte of one letter: from its release 0.14 on (0.12 took
 import itertools
 import re
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 from nanogpt.bpe_files import END_OF_TEXT, BPEFiles, read_bpe_files
 from nanogpt.errors import CheckpointError, InvalidRequest
@@ -18,6 +18,7 @@ from nanogpt.registry import TokenizerSpec
 _SPACE = r"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 # tiktoken's regex engine gives up on a million of them before another character.
 _LONG_RUN = 100_000
+_NAMED = 20  # unknown characters in a message, besides the first
 
 
 class Tokenizer(Protocol):
@@ -61,23 +62,31 @@ class _Table:
 
 
 class CharTokenizer(_Table):
-    """`characters[i]` is token i. There is no end token; a newline starts a document."""
+    """`characters[i]` is token i. There is no end token; a newline starts a document.
+
+    `unknown`, one of them, is read for every character that is none of them, if there is one.
+    """
 
     eos_token_id: int | None = None
 
-    def __init__(self, characters: str) -> None:
+    def __init__(self, characters: str, unknown: str = "") -> None:
         super().__init__([c.encode() for c in characters])
         self._ids = {c: i for i, c in enumerate(characters)}
+        self._unknown_id = self._ids.get(unknown)
         self.start_token_id = self._ids.get("\n", 0)
 
     def encode(self, text: str) -> list[int]:
-        try:
-            return [self._ids[c] for c in text]
-        except KeyError as error:
-            unknown = error.args[0]
-        raise InvalidRequest(
-            f"the model does not know the character {unknown!r} (U+{ord(unknown):04X}) at position "
-            f"{text.index(unknown)} of the prompt; it knows {self.n_vocab}: "
+        ids = [self._ids.get(c, self._unknown_id) for c in text]
+        if None in ids:
+            raise self._refusal(text)
+        return cast(list[int], ids)
+
+    def _refusal(self, text: str) -> InvalidRequest:
+        first, *others = [c for c in dict.fromkeys(text) if c not in self._ids]
+        more = f" (and {''.join(others)[:_NAMED]!r} further on)" if others else ""
+        return InvalidRequest(
+            f"the model does not know the character {first!r} (U+{ord(first):04X}) at position "
+            f"{text.index(first)} of the prompt{more}; it knows {self.n_vocab}: "
             f"{''.join(self._ids)[:100]!r}",
             param="prompt",
         )
@@ -132,7 +141,7 @@ class BPETokenizer(_Table):
 def load_tokenizer(spec: TokenizerSpec) -> Tokenizer:
     """Raises CheckpointError when files are missing or not what they should be."""
     if spec.kind == "char":
-        return CharTokenizer(spec.characters)
+        return CharTokenizer(spec.characters, spec.unknown)
     return BPETokenizer(read_bpe_files(spec.directory) if spec.directory else gpt2_files())
 
 

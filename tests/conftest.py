@@ -22,4 +22,5 @@ def server():
 @pytest.fixture(scope="session")
 def client(server):
     """The official client, without retries."""
-    return server.client()
+    with server.client() as client:
+        yield client

@@ -516,6 +516,17 @@ def test_no_more_than_one_tensor_beyond_the_model():
     assert model.wte.weight.dtype == torch.float16
 
 
+def test_a_character_for_unknown_ones(nanogpt, tmp_path, written):
+    path, _ = nanogpt(vocab_size=len(CHARACTERS))
+    write_meta(tmp_path / "out/meta.pkl")
+    options = {"dtype": torch.float32, "device": "cpu"}
+    loaded = load_model(str(path), "m", unknown="!", **options)
+    assert load_tokenizer(loaded.info.tokenizer).encode("aZ!") == [3, 2, 2]
+    for source, unknown in ((path, "?"), (written[0], "!")):
+        with pytest.raises(CheckpointError, match="can't stand for unknown characters"):
+            load_model(str(source), "m", unknown=unknown, **options)
+
+
 class TestWriting:
     def test_ours(self, written, tmp_path):
         directory, theirs = written

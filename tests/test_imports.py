@@ -57,7 +57,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"numpy", "torch", "safetensors"},
     ),
     "nanogpt.eval": (
-        BASE | {"nanogpt.eval", "nanogpt.data", "nanogpt.model", "nanogpt.engine.cpu.linear"},
+        BASE | {"nanogpt.eval", "nanogpt.data", "nanogpt.model", "nanogpt.engine.cpu"},
         {"numpy", "torch"},
     ),
     "nanogpt.bench": (BASE | {"nanogpt.bench"}, set()),

@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import threading
+import time
 
+import numpy as np
 import pytest
 import tiktoken
 from hypothesis import example, given, settings
@@ -11,7 +14,9 @@ from tokenizers import Tokenizer as HFTokenizer
 from transformers import GPT2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from nanogpt.config import PROJECT
 from nanogpt.errors import CheckpointError, InvalidRequest
+from nanogpt.model import checkpoint
 from nanogpt.registry import TokenizerSpec
 from nanogpt.tokenizer import CharTokenizer, load_tokenizer
 from tests.hf_models import write_vocabulary
@@ -239,6 +244,51 @@ def test_unknown_characters_are_named(text, said):
     with pytest.raises(InvalidRequest, match=said) as error:
         CharTokenizer("\nab").encode(text)
     assert (error.value.status, error.value.param) == (400, "prompt")
+
+
+def test_all_unknown_characters_are_named_once():
+    with pytest.raises(InvalidRequest, match=r"character 'é' .* position 1 .* 'zy水' further on"):
+        CharTokenizer("\nab").encode("aézyé水zb")
+
+
+def test_a_character_for_all_unknown_ones():
+    tokenizer = load_tokenizer(TokenizerSpec(kind="char", characters="\nab?", unknown="?"))
+    assert tokenizer.encode("aéb水\ud800?") == [1, 3, 2, 3, 3, 3]
+    assert tokenizer.decode(tokenizer.encode("aéb")) == "a?b"
+
+
+def test_round_trip_of_the_training_data():
+    """The ids are those of the data that the bundled model was trained on, where that is here."""
+    _, spec = checkpoint.read_config(PROJECT / "nanogpt/weights/shakespeare-char")
+    tokenizer = load_tokenizer(spec)
+    assert tokenizer.encode(spec.characters) == [*range(65)]
+    data = PROJECT / "data/shakespeare_char"
+    if not (data / "val.bin").exists():
+        pytest.skip("tinyshakespeare is not prepared here")
+    for file in ("train.bin", "val.bin"):
+        ids = np.fromfile(data / file, "<u2").tolist()
+        assert tokenizer.encode(tokenizer.decode(ids)) == ids
+
+
+@pytest.mark.parametrize("text", ["a" * 2**21, "The quick brown fox. " * 10**5])
+def test_others_run_while_a_long_text_is_encoded(gpt2, text):
+    """The work is done without Python's lock."""
+    turns, ended = 0, threading.Event()
+
+    def count():
+        nonlocal turns
+        while not ended.is_set():
+            time.sleep(0.001)
+            turns += 1
+
+    other = threading.Thread(target=count)
+    other.start()
+    before = turns
+    gpt2.encode(text)
+    during = turns - before
+    ended.set()
+    other.join()
+    assert during > 10
 
 
 def test_the_reference_is_the_library_and_not_ours(reference):

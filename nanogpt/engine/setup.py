@@ -59,7 +59,8 @@ def choose_dtype(config: ServeConfig, device: torch.device) -> WeightDtype:
 def load(config: ServeConfig, name: str, source: str, device: torch.device) -> LoadedModel:
     """A model as it is configured. Raises StartupError, CheckpointError."""
     dtype = choose_dtype(config, device)
-    return load_model(source, name, dtype=dtype, device=device, int8=config.dtype == "int8")
+    int8, unknown = config.dtype == "int8", registry.unknown_character(name, registry.read_cards())
+    return load_model(source, name, dtype=dtype, device=device, int8=int8, unknown=unknown)
 
 
 def kv_budget(

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from nanogpt import registry
+from nanogpt.engine.cpu.library import load_kernels
 from nanogpt.engine.cpu.linear import best_dtype, pack_model
 from nanogpt.errors import ConfigError, StartupError
 from nanogpt.eval import card, text
@@ -53,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="a window every N tokens, of which only new tokens count (consecutive windows)",
     )
-    p.add_argument("--dtype", choices=["auto", *DTYPES], default="auto", help="of weights (auto)")
+    p.add_argument(
+        "--dtype", choices=["auto", *DTYPES, "int8"], default="auto", help="of weights (auto)"
+    )
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
     p.add_argument(
         "--write-card", action="store_true", help="put the table into the checkpoint's README.md"
@@ -67,12 +70,13 @@ def evaluate(args: argparse.Namespace) -> str:
     name, source = registry.any_source(args.model)
     if args.write_card and not Path(source).is_dir():
         raise ConfigError(f"{args.model} has no card here: --write-card is for a directory")
-    loaded = load_model(source, name, dtype=_dtype(args.dtype, device), device=device)
+    int8 = args.dtype == "int8"
+    loaded = load_model(source, name, dtype=_dtype(args.dtype, device), device=device, int8=int8)
     tokenizer = load_tokenizer(loaded.info.tokenizer)
     data = text.read(args.data, args.split, loaded.info.tokenizer, tokenizer)
     windows = windows_of(len(data.tokens), loaded.info.context_length, args.stride)
     if device.type == "cpu":
-        pack_model(loaded.model)
+        pack_model(loaded.model, int8=int8)
     quiet = not sys.stderr.isatty()
     result = score(loaded.model, tokenizer, data.tokens, windows, quiet=quiet)
     return card.table(result, loaded.info, data, args.split, windows, args.stride)
@@ -86,7 +90,9 @@ def _device(name: str) -> torch.device:
 
 
 def _dtype(name: str, device: torch.device) -> WeightDtype:
-    if name != "auto":
+    if name == "int8" and not (device.type == "cpu" and load_kernels()):
+        raise ConfigError("dtype int8 is for CPUs, with the kernels that dev/setup.sh builds")
+    if name in DTYPES:
         return DTYPES[name]
     return fastest_dtype(device) if device.type == "cuda" else best_dtype
 

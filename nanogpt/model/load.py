@@ -27,7 +27,13 @@ class LoadedModel:
 
 
 def load_model(
-    source: str, name: str, *, dtype: WeightDtype, device: str | torch.device, int8: bool = False
+    source: str,
+    name: str,
+    *,
+    dtype: WeightDtype,
+    device: str | torch.device,
+    int8: bool = False,
+    unknown: str = "",
 ) -> LoadedModel:
     """Load `source`, to be served as `name`. Raises CheckpointError, one clear line.
 
@@ -35,8 +41,11 @@ def load_model(
     a name on the Hugging Face hub. Weights are read where they are, memory-mapped: nothing is
     converted on disk. Beyond the mapped file that takes the model's own memory and one tensor.
     `int8` says that products will be quantised (nanogpt/engine/cpu): then it is another model.
+    `unknown` is what a character model is to read for characters that it does not know.
     """
     model, tokenizer, file = _load(source, dtype, device)
+    if unknown:
+        tokenizer = _with_unknown(source, tokenizer, unknown)
     vocab_size, eos_token_id, start_token_id = _vocabulary(tokenizer)
     if vocab_size > model.config.vocab_size:
         raise CheckpointError(
@@ -72,6 +81,15 @@ def _load(
         model, tokenizer = checkpoint.load(path, dtype, device)
         return model, tokenizer, path / checkpoint.WEIGHTS
     return huggingface.load(path, dtype, device)
+
+
+def _with_unknown(source: str, spec: TokenizerSpec, unknown: str) -> TokenizerSpec:
+    if spec.kind != "char" or unknown not in spec.characters:
+        raise CheckpointError(
+            f"{source}: {unknown!r} can't stand for unknown characters, as its card says: it is "
+            "none of the model's"
+        )
+    return msgspec.structs.replace(spec, unknown=unknown)
 
 
 class _Format(msgspec.Struct):
