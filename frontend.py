@@ -32,6 +32,7 @@ from nanogpt.api.decode import clip
 from nanogpt.api.jobs import once
 from nanogpt.api.jobs.batches import BatchRoutes
 from nanogpt.api.jobs.files import FileRoutes
+from nanogpt.api.jobs.remote import RemoteCluster
 from nanogpt.api.jobs.stored import Stored
 from nanogpt.api.jobs.upload import FRAME_BYTES
 from nanogpt.api.listener import listen
@@ -41,10 +42,11 @@ from nanogpt.api.service import Service
 from nanogpt.cluster.client import ClusterStatus
 from nanogpt.cluster.connect import connect
 from nanogpt.cluster.keeper import LOCK, OWNER_VARIABLE
-from nanogpt.config import HttpConfig
+from nanogpt.config import HttpConfig, Role, ServeConfig
 from nanogpt.errors import ApiError, InvalidRequest, StartupError, UnsupportedMediaType
+from nanogpt.jobs.announce import Announcer, Listener
 from nanogpt.jobs.sqlite import open_store
-from nanogpt.jobs.store import Store
+from nanogpt.jobs.store import Store, StoreUnavailable
 from nanogpt.jobs_config import JobsConfig
 from nanogpt.registry import ModelCard, ModelInfo, read_cards
 from nanogpt.rundir import RunDir
@@ -72,9 +74,12 @@ def create_app(
     cards: Mapping[str, ModelCard],
     clock: Callable[[], float] = time.time,
     jobs: tuple[Store, Path, JobsConfig] | None = None,
+    role: Role = "all",
+    announcer: Announcer | None = None,
 ) -> flask.Flask:
     """The application. `clock` gives the seconds since the epoch that answers carry; `jobs` is what
-    keeps work for later, and is closed with the Service."""
+    keeps work for later, and is closed with the Service. With a role beside "all", or an
+    `announcer`, other servers share them."""
     app = flask.Flask("nanogpt", static_folder=None)
     # One byte more than allowed: a body in chunks is cut there in silence, so _body can see it.
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_mib * 2**20 + 1
@@ -82,7 +87,9 @@ def create_app(
     app.url_map.converters["any_text"] = _AnyText
     service = Service(cluster, settings, admission, cards, clock)
     app.extensions["nanogpt"] = service
-    _add_routes(app, service)
+    _add_watching(app, service)
+    if role != "worker":
+        _add_routes(app, service)
     if jobs is None:
         _add_completions(app, service)
     else:
@@ -94,12 +101,17 @@ def create_app(
             cards=cards,
             max_body_bytes=settings.max_body_mib * 2**20,
             clock=clock,
+            shared=role != "all" or announcer is not None,
+            announcer=announcer,
         )
-        _add_stored_completions(app, stored)
-        _add_files(app, stored.files, jobs[2].max_file_mb * 10**6 + FRAME_BYTES)
-        _add_batches(app, stored.batches)
-        stored.start()
-    _add_admin_routes(app, Operators(admission))
+        if role != "worker":
+            _add_stored_completions(app, stored)
+            _add_files(app, stored.files, jobs[2].max_file_mb * 10**6 + FRAME_BYTES)
+            _add_batches(app, stored.batches)
+        if role != "web":
+            stored.start()
+    if role != "worker":
+        _add_admin_routes(app, Operators(admission))
     _add_errors(app)
     _add_headers(app, service, admission, settings)
     return app
@@ -201,6 +213,20 @@ def _peer() -> Peer | None:
     return None if socket is None else Peer(socket, environ["SERVER_PROTOCOL"] == "HTTP/1.1")
 
 
+def _add_watching(app: flask.Flask, service: Service) -> None:
+    @app.get("/health")
+    def health() -> flask.Response:
+        return _response(service.health())
+
+    @app.get("/ready")
+    def ready() -> flask.Response:
+        return _response(service.ready())
+
+    @app.get("/metrics")
+    def metrics_text() -> flask.Response:
+        return _response(Answer(service.metrics.render(), content_type=metrics.CONTENT_TYPE))
+
+
 def _add_routes(app: flask.Flask, service: Service) -> None:
     request = flask.request
 
@@ -223,18 +249,6 @@ def _add_routes(app: flask.Flask, service: Service) -> None:
     @app.get("/tokenizer_info")
     def tokenizer_info() -> flask.Response:
         return _response(service.tokenizer_info(flask.g.caller, request.args.get("model")))
-
-    @app.get("/health")
-    def health() -> flask.Response:
-        return _response(service.health())
-
-    @app.get("/ready")
-    def ready() -> flask.Response:
-        return _response(service.ready())
-
-    @app.get("/metrics")
-    def metrics_text() -> flask.Response:
-        return _response(Answer(service.metrics.render(), content_type=metrics.CONTENT_TYPE))
 
     @app.get("/openapi.json")
     def openapi() -> flask.Response:
@@ -430,49 +444,110 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def main(argv: list[str]) -> int:
-    """What rank 0 starts, with its own options: see nanogpt/cluster/keeper.py."""
-    config = options.parse_or_exit(argv)
-    logging_setup.set_up(config.log_level, "front end")
-    run_dir = RunDir.open(config.host, config.port)
-    if not run_dir.lock(LOCK):
-        log.info("another front end is alive: leaving it to that one")
-        return 0
-    owner_pid = int(os.environ[OWNER_VARIABLE])
+def _store(config: ServeConfig) -> Store:
+    """Where jobs are kept. Raises StartupError, ConfigError."""
+    if config.queue.url:
+        from nanogpt.jobs.redis import RedisStore  # not needed on one machine
+
+        return RedisStore(
+            config.queue.url,
+            max_queued=config.jobs.max_queued,
+            max_bytes=config.jobs.max_store_mb * 10**6,
+            namespace=config.queue.name,
+        )
+    return open_store(config.jobs, config.jobs.directory(config.port))
+
+
+def _check(config: ServeConfig) -> None:
+    """Open for a moment what the application will: a mistake is told here, and nothing open
+    survives a fork. A queue that is away may come back."""
+    Admission(config.admission, os.environ).close()
+    store = _store(config)
+    try:
+        store.counts()
+    except StoreUnavailable as error:
+        log.error("%s", error)
+    finally:
+        store.close()
+
+
+def _announcer(config: ServeConfig, store: Store, cluster: Cluster) -> Announcer | None:
+    if not config.queue.url or config.role == "web":
+        return None
+
+    def models() -> Mapping[str, ModelInfo]:
+        return cluster.models() if cluster.ready() else {}
+
+    link = store.link  # type: ignore[attr-defined]  # of the store in Redis
+    return Announcer(link, config.queue.name, models, lambda: cluster.status().ranks)
+
+
+def _remote(config: ServeConfig, store: Store) -> Cluster:
+    """The clusters behind the queue."""
+    listener = Listener(store.link, config.queue.name)  # type: ignore[attr-defined]
+    cluster = RemoteCluster(store, listener, max_outstanding=config.cluster.max_outstanding)
+    cluster.start()
+    return cluster
+
+
+def _local(config: ServeConfig, run_dir: RunDir, host: str) -> Cluster:
+    """The cluster on this machine."""
 
     def ready(status: ClusterStatus, models: dict[str, ModelInfo]) -> None:
-        host = f"[{config.host}]" if ":" in config.host else config.host
         names = ", ".join(sorted(models))
-        print(
-            f"ready: http://{host}:{config.port}  models: {names}  ranks: {status.ranks}",
-            flush=True,
-        )
+        where = "worker" if config.role == "worker" else f"http://{host}:{config.port}"
+        print(f"ready: {where}  models: {names}  ranks: {status.ranks}", flush=True)
 
     def orphaned() -> None:
         log.error("the launcher is gone: leaving too")
         os.kill(os.getppid(), signal.SIGQUIT)  # the master: at once, since nobody generates
 
+    owner_pid = int(os.environ[OWNER_VARIABLE])
+    return connect(config, run_dir, owner_pid=owner_pid, on_ready=ready, on_orphaned=orphaned)
+
+
+def main(argv: list[str]) -> int:
+    """What rank 0 starts, with its own options (see nanogpt/cluster/keeper.py); for a web server
+    what the launcher becomes."""
+    config = options.parse_or_exit(argv)
+    is_web = config.role == "web"
+    logging_setup.set_up(config.log_level, "web server" if is_web else "front end")
+    run_dir = RunDir.open(config.host, config.port)
+    if not run_dir.lock(LOCK):
+        log.info("another front end is alive: leaving it to that one")
+        return 0
+    host = f"[{config.host}]" if ":" in config.host else config.host
+
     def make_app() -> flask.Flask:
         admission = Admission(config.admission, os.environ)
-        if admission.is_open and not _is_loopback(config.host):
+        if admission.is_open and not _is_loopback(config.host) and config.role != "worker":
             log.warning(
                 "anybody who reaches %s may use this server: make a key to close it "
                 "(python -m nanogpt.admin keys create NAME)",
                 config.host,
             )
-        cluster = connect(
-            config, run_dir, owner_pid=owner_pid, on_ready=ready, on_orphaned=orphaned
+        store = _store(config)
+        cluster = _remote(config, store) if is_web else _local(config, run_dir, host)
+        directory = run_dir.path if config.queue.url else config.jobs.directory(config.port)
+        return create_app(
+            cluster,
+            config.http,
+            admission,
+            cards,
+            jobs=(store, directory, config.jobs),
+            role=config.role,
+            announcer=_announcer(config, store, cluster),
         )
-        jobs = (open_store(config.jobs, directory), directory, config.jobs)
-        return create_app(cluster, config.http, admission, cards, jobs=jobs)
 
     try:
         cards = read_cards()
-        # Opened for a moment only: a mistake is told here, and nothing open survives a fork.
-        Admission(config.admission, os.environ).close()
-        directory = config.jobs.directory(config.port)
-        open_store(config.jobs, directory).close()
-        serve(listen(config.host, config.port), make_app, config.http)
+        _check(config)
+        listener = listen(config.host, config.port)
+        workers = 1
+        if is_web:
+            workers = config.http.workers or min(4, len(os.sched_getaffinity(0)))
+            print(f"ready: http://{host}:{config.port}  processes: {workers}", flush=True)
+        serve(listener, make_app, config.http, workers)
     except StartupError as error:
         run_dir.set_fatal(str(error))
         print(f"error: {error}", file=sys.stderr, flush=True)

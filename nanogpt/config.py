@@ -17,13 +17,14 @@ from msgspec import Meta
 
 from nanogpt.admission_config import AdmissionConfig
 from nanogpt.errors import ConfigError
-from nanogpt.jobs_config import JobsConfig
+from nanogpt.jobs_config import JobsConfig, QueueConfig
 from nanogpt.section import Section
 
 PROJECT = Path(__file__).resolve().parent.parent
 
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Count = Annotated[int, Meta(ge=1)]
+Role = Literal["all", "web", "worker"]
 Seconds = Annotated[float, Meta(ge=0.1, le=86400)]
 T = TypeVar("T")
 
@@ -53,6 +54,9 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
 class HttpConfig(Section, frozen=True, kw_only=True):
     """The front end's limits."""
 
+    workers: Annotated[int, Meta(ge=0, le=256)] = (
+        0  # processes of a web server; 0: one a core, to 4
+    )
     threads: Annotated[int, Meta(ge=4, le=4096)] = 640  # requests in progress at once
     max_body_mib: Annotated[int, Meta(ge=1, le=1024)] = 8
     drain_s: Seconds = 30.0  # SIGTERM: how long accepted requests may take to finish
@@ -63,6 +67,7 @@ class HttpConfig(Section, frozen=True, kw_only=True):
 class ServeConfig(Section, frozen=True, kw_only=True):
     """Everything that serving needs, as one frozen value."""
 
+    role: Role = "all"  # web: HTTP, no models; worker: models, no HTTP
     host: str = "127.0.0.1"
     port: Port = 8000
     ranks: Count | Literal["auto"] = "auto"  # processes on this node
@@ -78,12 +83,18 @@ class ServeConfig(Section, frozen=True, kw_only=True):
     http: HttpConfig = HttpConfig()
     admission: AdmissionConfig = AdmissionConfig()
     jobs: JobsConfig = JobsConfig()
+    queue: QueueConfig = QueueConfig()
 
     def __post_init__(self) -> None:
         if not self.models:
             raise ValueError("at least one model is needed")
         if self.nnodes > 1 and not re.fullmatch(r".+:\d+", self.rdzv_endpoint):
             raise ValueError("nnodes > 1 needs rdzv_endpoint = HOST:PORT of the first node")
+        if self.role != "all" and not self.queue.url:
+            raise ValueError(
+                f"role {self.role} needs a queue that web servers and workers share: "
+                "--queue redis://HOST:PORT/0"
+            )
         if self.node_rank >= self.nnodes:
             raise ValueError(f"node_rank {self.node_rank} must be below nnodes {self.nnodes}")
 

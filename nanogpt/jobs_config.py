@@ -1,4 +1,5 @@
-"""The table [jobs] of the configuration file: stored completions, files and batches."""
+"""The tables [jobs] and [queue] of the configuration file: stored completions, files and batches,
+and what web servers and clusters on different machines share."""
 
 import os
 from pathlib import Path
@@ -8,6 +9,18 @@ from msgspec import Meta
 
 from nanogpt.errors import ConfigError
 from nanogpt.section import Section
+
+
+class QueueConfig(Section, frozen=True, kw_only=True):
+    """Where web servers leave work for clusters; they must name the same."""
+
+    url: str = ""  # redis://HOST:PORT/DB, or rediss:// with TLS; empty: none, one machine
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "nanogpt"  # in its keys
+
+    def __post_init__(self) -> None:
+        if self.url and not self.url.startswith(("redis://", "rediss://", "unix://")):
+            # The URL may hold a password, so it is not repeated.
+            raise ValueError("queue.url must be redis://HOST:PORT/DB (or rediss://, unix://PATH)")
 
 
 class JobsConfig(Section, frozen=True, kw_only=True):

@@ -230,6 +230,8 @@ class Launcher:
 
 def main(argv: list[str]) -> int:
     config = options.parse_or_exit(argv)
+    if config.role == "web":  # nothing to launch: this process becomes the web server
+        os.execv(sys.executable, [sys.executable, str(PROJECT / "frontend.py"), *argv])
     logging_setup.set_up(config.log_level, "launcher")
     try:
         gpus = count_gpus(os.environ) if config.device != "cpu" else 0

@@ -20,6 +20,8 @@ examples:
   ./launch.sh --model gpt2 --port 8080               GPT-2 from the Hugging Face hub
   ./launch.sh --config configs/serve/g4dn.12xlarge.toml
   ./launch.sh --model mine=/models/out/ckpt.pt       a nanoGPT checkpoint
+  ./launch.sh --role web --queue redis://db:6379/0 --host 0.0.0.0      one of the web servers, and
+  ./launch.sh --role worker --queue redis://db:6379/0 --model gpt2     one of their clusters
 """
 
 
@@ -44,6 +46,15 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     p.add_argument("--config", metavar="FILE", help="TOML file with any of the settings")
+    p.add_argument(
+        "--role",
+        metavar="all|web|worker",
+        help="all: everything on this machine (the default); web: HTTP only, without models; "
+        "worker: models only. Web servers and workers find each other through --queue",
+    )
+    p.add_argument(
+        "--queue", metavar="URL", help="redis://HOST:PORT/DB that web servers and workers share"
+    )
     p.add_argument("--host", help="address to listen on (127.0.0.1)")
     p.add_argument("--port", help="port to listen on (8000)")
     p.add_argument("--ranks", metavar="N|auto", help="processes on this node (auto: one a GPU)")
@@ -68,6 +79,8 @@ def parse(argv: Sequence[str], environ: dict[str, str] | None = None) -> ServeCo
     """Options, variables and file as one configuration. Raises ConfigError."""
     given: dict[str, Any] = vars(parser().parse_args(argv))
     file = given.pop("config", None)
+    if "queue" in given:
+        given["queue"] = {"url": given["queue"]}
     return config.load(given, dict(os.environ) if environ is None else environ, file)
 
 

@@ -1,4 +1,4 @@
-"""The front end's HTTP server: gunicorn with one worker of many threads.
+"""The front end's HTTP server: gunicorn with one worker of many threads (web servers have several).
 
 The master keeps the listening socket when the worker dies. The application, with its cluster
 client and threads, is made in the worker, since neither sockets of ZeroMQ nor threads survive a
@@ -218,9 +218,14 @@ class _Application(BaseApplication):
     """gunicorn with our settings; the worker makes the application."""
 
     def __init__(
-        self, listener: socket.socket, make_app: Callable[[], App], settings: HttpConfig
+        self,
+        listener: socket.socket,
+        make_app: Callable[[], App],
+        settings: HttpConfig,
+        workers: int,
     ) -> None:
         self._listener, self._make_app, self._settings = listener, make_app, settings
+        self._workers = workers
         self.service: Service | None = None
         super().__init__()
 
@@ -230,7 +235,7 @@ class _Application(BaseApplication):
         values = {
             "bind": f"fd://{self._listener.detach()}",
             "worker_class": Worker,
-            "workers": 1,
+            "workers": self._workers,
             "threads": threads,
             "worker_connections": max(connections, threads),
             "keepalive": KEEPALIVE_S,
@@ -261,6 +266,8 @@ class _Application(BaseApplication):
             self.service.close()
 
 
-def serve(listener: socket.socket, make_app: Callable[[], App], settings: HttpConfig) -> None:
-    """Answer on this socket until SIGTERM. `make_app` is called in the worker process."""
-    _Application(listener, make_app, settings).run()
+def serve(
+    listener: socket.socket, make_app: Callable[[], App], settings: HttpConfig, workers: int = 1
+) -> None:
+    """Answer on this socket until SIGTERM. `make_app` is called in each worker process."""
+    _Application(listener, make_app, settings, workers).run()

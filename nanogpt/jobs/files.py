@@ -106,7 +106,7 @@ class Files:
 
     def upload(self, *, of_client: bool = True) -> Upload:
         """Room for new content. Raises Unavailable when a client has to wait for room."""
-        if of_client and self._kept > self._max_bytes:
+        if of_client and self._used() > self._max_bytes:
             raise Unavailable(
                 f"the files here take more than {self._max_bytes // 10**6} MB; delete some, or "
                 "wait until they expire",
@@ -143,22 +143,23 @@ class Files:
             status="completed",
             finished=now,
         )
-        path = self._directory / job.id
-        try:
-            os.replace(upload.path, path)
-            _sync_directory(self._directory)
-        except OSError as error:
-            raise unavailable(error) from error
+        self._keep(upload, job.id)
         try:
             stored = self._store.put(job)
         except BaseException:
-            path.unlink(missing_ok=True)
+            self._remove(job.id)
             raise
         if stored.id != job.id:
-            path.unlink(missing_ok=True)
-        else:
-            self._count(upload.bytes)
+            self._remove(job.id)
         return stored
+
+    def _keep(self, upload: Upload, file_id: str) -> None:
+        try:
+            os.replace(upload.path, self._directory / file_id)
+            _sync_directory(self._directory)
+        except OSError as error:
+            raise unavailable(error) from error
+        self._count(upload.bytes)
 
     def open(self, file_id: str) -> BinaryIO:
         """The content. Raises NotFound."""
@@ -174,11 +175,18 @@ class Files:
     def forget(self, gone: Iterable[str]) -> None:
         """Remove the content of what the store has forgotten; other ids are left alone."""
         for file_id in gone:
-            path = self._directory / file_id
-            with contextlib.suppress(FileNotFoundError):  # it was no file
-                size = path.stat().st_size
-                path.unlink()
-                self._count(-size)
+            self._remove(file_id)
+
+    def _remove(self, file_id: str) -> None:
+        path = self._directory / file_id
+        with contextlib.suppress(FileNotFoundError):  # it was no file
+            size = path.stat().st_size
+            path.unlink()
+            self._count(-size)
+
+    def _used(self) -> int:
+        """Bytes of all files."""
+        return self._kept
 
     def _count(self, size: int) -> None:
         with self._lock:

@@ -50,6 +50,7 @@ class RedisStore:
     ) -> None:
         self._link = Link(url)
         self._prefix = f"{{{namespace}}}"
+        self.namespace = namespace
         self._max_queued, self._max_bytes, self._clock = max_queued, max_bytes, clock
 
     def close(self) -> None:

@@ -46,7 +46,11 @@ class Completions:
         *,
         keep_s: float,
         clock: Callable[[], float],
+        settles: bool = True,
     ) -> None:
+        """`settles`: jobs are done by this process, so it is told what they used. Otherwise they
+        count with all that was reserved for them."""
+        self._settles = settles
         self._service, self._store, self._cluster = service, store, cluster
         self._cards, self._keep_s, self._clock = cards, keep_s, clock
         self._tickets: dict[str, Ticket] = {}
@@ -123,8 +127,9 @@ class Completions:
             digest=digest,
         )
         ticket = caller.admit(plan)
-        with self._lock:
-            self._tickets[job.id] = ticket
+        if self._settles:
+            with self._lock:
+                self._tickets[job.id] = ticket
         try:
             stored = self._store.put(job)
         except BaseException:

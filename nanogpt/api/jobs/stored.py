@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from nanogpt.api.admission import Admission
 from nanogpt.api.backend import Cluster
-from nanogpt.api.jobs import outcome
+from nanogpt.api.jobs import outcome, relay
 from nanogpt.api.jobs.batch_run import BatchExecutor, Room
 from nanogpt.api.jobs.batches import BatchRoutes
 from nanogpt.api.jobs.completions import Completions
@@ -16,8 +17,9 @@ from nanogpt.api.jobs.execute import CompletionExecutor
 from nanogpt.api.jobs.files import FileRoutes
 from nanogpt.api.jobs.lines import LineRunner
 from nanogpt.api.service import Service
+from nanogpt.jobs.announce import Announcer
 from nanogpt.jobs.files import Files
-from nanogpt.jobs.runner import Runner
+from nanogpt.jobs.runner import LEASE_S, SHARED_LEASE_S, Runner
 from nanogpt.jobs.store import Job, Store, StoreUnavailable
 from nanogpt.jobs_config import JobsConfig
 from nanogpt.registry import ModelCard
@@ -40,12 +42,18 @@ class Stored:
         cards: Mapping[str, ModelCard],
         max_body_bytes: int,
         clock: Callable[[], float],
+        shared: bool = False,
+        announcer: Announcer | None = None,
     ) -> None:
-        """`directory`: where the content of files is kept."""
-        self._store = store
+        """`directory`: where the content of files is kept, or passes through when the store is
+        `shared` by servers: it is in Redis then."""
+        self._store, self._announcer = store, announcer
         keep_s = config.keep_hours * HOUR_S
-        self.completions = Completions(service, store, cluster, cards, keep_s=keep_s, clock=clock)
-        self._contents = Files(
+        self.completions = Completions(
+            service, store, cluster, cards, keep_s=keep_s, clock=clock, settles=not shared
+        )
+        kind: Any = _redis_files() if shared else Files
+        self._contents: Files = kind(
             directory / "files",
             store,
             max_file_bytes=config.max_file_mb * 10**6,
@@ -58,6 +66,7 @@ class Stored:
             store,
             {
                 "completion": CompletionExecutor(cluster, service.metrics, self.completions.settle),
+                "generate": relay.RelayExecutor(cluster),
                 "batch": BatchExecutor(
                     LineRunner(cluster, cards, admission, service.metrics, clock),
                     self._contents,
@@ -72,12 +81,16 @@ class Stored:
             room=config.max_running,
             failed=self._failed,
             on_swept=self._contents.forget,
+            lease_s=SHARED_LEASE_S if shared else LEASE_S,
+            room_now=config.max_running if shared else float("inf"),
         )
         service.metrics.add(_JobsCollector(store))
         service.companion = self
 
     def start(self) -> None:
         self._runner.start()
+        if self._announcer is not None:
+            self._announcer.start()
 
     def drain(self, grace_s: float) -> None:
         """Who waits has so many seconds left; other work is put back. For a signal handler."""
@@ -85,19 +98,31 @@ class Stored:
 
     def close(self) -> None:
         self._runner.close()
+        if self._announcer is not None:
+            self._announcer.close()
         self._store.close()
 
     def _failed(self, job: Job, error: Exception) -> bytes:
         if job.kind == "batch":
             return b""
+        if job.kind == "generate":
+            return relay.failed(error)
         self.completions.settle(job.id, 0, 0)
         return outcome.encode(outcome.failure(error))
+
+
+def _redis_files() -> type[Files]:
+    from nanogpt.jobs.redis_files import RedisFiles  # not needed on one machine
+
+    return RedisFiles
 
 
 def _size(job: Job) -> int:
     """Choices that a job has generated at once. The lines of batches share a room of their own."""
     if job.kind == "batch":
         return 0
+    if job.kind == "generate":
+        return relay.choices(job)
     request = outcome.plan_of(job).request
     return len(request.prompts) * request.n
 

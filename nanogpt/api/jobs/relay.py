@@ -1,0 +1,174 @@
+"""A request that a web server took and a cluster generates: what they tell each other in a job.
+
+The job holds the engines' request, its records their events, its result only the reason if it
+failed. Text, stop strings and limits are the web server's business, as without a queue.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from nanogpt.api.backend import Cluster
+from nanogpt.api.catalogue import system_fingerprint
+from nanogpt.api.jobs import outcome
+from nanogpt.api.jobs.execute import RETRY_S, STREAM_FLUSH_S
+from nanogpt.api.jobs.generated import Generated
+from nanogpt.errors import ApiError
+from nanogpt.jobs.runner import Lease, PutBack
+from nanogpt.jobs.store import Job, Lane, Store, StoreUnavailable
+from nanogpt.registry import ModelInfo
+from nanogpt.request import EngineEvent, GenerateRequest, RequestFailed, TokenEvent
+
+log = logging.getLogger(__name__)
+
+KEEP_S = 60.0  # after its end, should the web server be slow to read it
+LOOK_S = 1.0  # how often a cluster asks whether the client has left
+AWAY_S = 0.2  # between attempts to read, while the queue is away
+
+
+class Relayed(msgspec.Struct, frozen=True):
+    """What the job holds. The fingerprint is that of the model which the client is told."""
+
+    request: GenerateRequest
+    fingerprint: str
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_relayed = msgspec.msgpack.Decoder(Relayed)
+
+
+def choices(job: Job) -> int:
+    """How many it generates."""
+    request = _relayed.decode(job.request).request
+    return len(request.prompts) * request.n
+
+
+def failed(error: Exception) -> bytes:
+    """The result of a job that ended in an error."""
+    known = isinstance(error, ApiError)
+    return (error.message if known else f"the cluster failed: {error}").encode()  # type: ignore[attr-defined]
+
+
+class RelayExecutor:
+    """The cluster's side: see nanogpt.jobs.runner.Executor."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+
+    def __call__(self, lease: Lease) -> None:
+        relayed = _relayed.decode(lease.job.request)
+        info = self._cluster.models().get(relayed.request.model)
+        if info is None:
+            raise PutBack(f"the model {relayed.request.model!r} is not served here")
+        so_far = Generated(relayed.request, list(lease.each_record()))
+        if system_fingerprint(info) != relayed.fingerprint and so_far.has_any:
+            lease.complete(
+                "failed",
+                b"the model or the engine was replaced while this completion was generated, so its "
+                b"text can't go on; send the request again",
+            )
+            return
+        if not so_far.done:
+            self._generate(lease, so_far)
+        lease.complete("completed", b"", records=so_far.unkept())
+
+    def _generate(self, lease: Lease, so_far: Generated) -> None:
+        handle = self._cluster.submit(so_far.remaining(lease.job.fence))
+        keep_at = look_at = 0.0
+        try:
+            while not so_far.done:
+                now = time.monotonic()
+                if now >= look_at:
+                    lease.check()
+                    look_at = now + LOOK_S
+                if so_far.has_unkept and now >= keep_at:
+                    keep_at = now + (STREAM_FLUSH_S if _keep(lease, so_far) else RETRY_S)
+                wait = max(0.0, keep_at - now) if so_far.has_unkept else LOOK_S
+                for event in so_far.accept(handle.events(wait)):
+                    if isinstance(event, RequestFailed):
+                        raise RuntimeError(event.message)
+        finally:
+            if not so_far.done:
+                handle.cancel()
+
+
+def _keep(lease: Lease, so_far: Generated) -> bool:
+    try:
+        lease.append(so_far.unkept())
+    except StoreUnavailable:
+        return False
+    so_far.mark_kept()
+    return True
+
+
+class RelayHandle:
+    """The web server's side: see nanogpt.api.backend.LiveHandle."""
+
+    def __init__(self, store: Store, request: GenerateRequest) -> None:
+        self._store, self._id = store, request.request_id
+        self._left = set(range(len(request.prompts) * request.n))  # neither finished nor cancelled
+        self._read = 0
+        self._over = False
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """Nobody knows yet."""
+        return ()
+
+    def events(self, timeout: float) -> Sequence[EngineEvent]:
+        if self._over:
+            time.sleep(timeout)
+            return ()
+        try:
+            job, records = self._store.read(self._id, self._read, timeout)
+        except StoreUnavailable:  # the cluster goes on meanwhile
+            time.sleep(min(timeout, AWAY_S))
+            return ()
+        self._read += len(records)
+        found: list[EngineEvent] = []
+        for record in records:
+            found += outcome.progress(record).events
+        self._left -= {e.index for e in found if isinstance(e, TokenEvent) and e.finish_reason}
+        if not records and (job is None or job.ended):
+            self._over = True
+            if self._left:
+                found.append(RequestFailed(self._id, self._reason(job)))
+        return found
+
+    def _reason(self, job: Job | None) -> str:
+        if job is None or not job.result:
+            return "the queue has lost the request"
+        return job.result.decode(errors="replace")
+
+    def send_to(self, sink: Callable[[Sequence[EngineEvent]], None]) -> None:
+        def follow() -> None:
+            while self._left and not self._over:
+                if events := self.events(LOOK_S):
+                    sink(events)
+
+        threading.Thread(target=follow, name=f"follow {self._id}", daemon=True).start()
+
+    def cancel(self, index: int | None = None) -> None:
+        """The last choice that is cancelled takes the job with it; until then the cluster goes on
+        with all of them."""
+        was_open = bool(self._left)
+        self._left -= self._left if index is None else {index}
+        if self._left or not was_open:
+            return
+        self._over = True
+        try:
+            self._store.delete(self._id)
+        except StoreUnavailable as error:
+            log.warning("request %s goes on for nobody: %s", self._id, error)
+
+
+def submit(store: Store, request: GenerateRequest, info: ModelInfo, now: float) -> RelayHandle:
+    """Have some cluster generate it. Raises Unavailable."""
+    fields: dict[str, Any] = {"kind": "generate", "owner": "", "lane": Lane.NOW}
+    relayed = _encode(Relayed(request, system_fingerprint(info)))
+    store.put(Job(id=request.request_id, request=relayed, created=now, keep_s=KEEP_S, **fields))
+    return RelayHandle(store, request)
