@@ -19,6 +19,7 @@ from nanogpt.model import checkpoint, convert
 from nanogpt.model.assemble import assemble
 from nanogpt.model.gpt import GPT, CausalAttend, GPTConfig
 from nanogpt.model.load import LoadedModel, fingerprint, load_model
+from nanogpt.model.nanogpt_writer import write_nanogpt
 from nanogpt.registry import TokenizerSpec
 from nanogpt.tokenizer import load_tokenizer
 from tests.hf_models import TINY, random_model, write_model
@@ -545,7 +546,7 @@ class TestWriting:
     def test_for_transformers(self, written, tmp_path):
         directory, theirs = written
         out = tmp_path / "hf"
-        assert convert.main([str(directory), str(out), "--dtype", "float32", "--to-hf"]) == 0
+        assert convert.main([str(directory), str(out), "--dtype", "float32", "--to", "hf"]) == 0
         again = AutoModelForCausalLM.from_pretrained(out)
         with torch.inference_mode():
             assert torch.equal(again(IDS).logits, theirs(IDS).logits)
@@ -557,7 +558,9 @@ class TestWriting:
         """A model without biases, with exact GELU, and each character a token."""
         path, _ = nanogpt(vocab_size=len(CHARACTERS))
         write_meta(tmp_path / "out/meta.pkl")
-        assert convert.main([str(path), str(tmp_path / "hf"), "--dtype", "float32", "--to-hf"]) == 0
+        assert (
+            convert.main([str(path), str(tmp_path / "hf"), "--dtype", "float32", "--to", "hf"]) == 0
+        )
         text = "a b'é\n😀!"
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
         loaded = load(path)
@@ -597,9 +600,78 @@ class TestWriting:
         assert AutoTokenizer.from_pretrained(tmp_path / "hf").encode("a[PAD]") == [64, 50257]
 
     def test_nothing_is_overwritten_for_transformers(self, written, tmp_path, capsys):
-        assert convert.main([str(written[0]), str(tmp_path), "--to-hf"]) == 2
+        assert convert.main([str(written[0]), str(tmp_path), "--to", "hf"]) == 2
         assert "is there already" in capsys.readouterr().err
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("bias", [False, True])
+    def test_there_and_back_to_nanogpt(self, tmp_path, bias):
+        """Ours, nanoGPT's, Hugging Face's and ours again: not a bit is lost."""
+        shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "bias": bias}
+        model = GPT(GPTConfig(vocab_size=len(CHARACTERS), **shape))
+        model.init_weights()
+        for param in model.parameters():
+            param.data += torch.randn_like(param)
+        spec = TokenizerSpec(kind="char", characters=CHARACTERS)
+        checkpoint.save(tmp_path / "a", model, spec, dtype=torch.bfloat16)
+        first = load(tmp_path / "a", lambda found: found)
+        for source, to in (("a", "nanogpt"), ("b/ckpt.pt", "hf"), ("b/ckpt.pt", "ours")):
+            out = {"nanogpt": "b", "hf": "c", "ours": "d"}[to]
+            assert convert.main([str(tmp_path / source), str(tmp_path / out), "--to", to]) == 0
+        for there in ("b/ckpt.pt", "d"):
+            again = load(tmp_path / there, lambda found: found)
+            assert again.info.tokenizer == spec
+            assert again.info.fingerprint == first.info.fingerprint  # of every bit
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "c", dtype=torch.float32)
+        ids = torch.tensor([[0, 3, 2, 5, 1, 1, 4]])
+        assert_same(load(tmp_path / "a"), theirs, ids)
+
+    def test_the_keys_that_nanogpt_expects(self, nanogpt, tmp_path):
+        """Its load_state_dict is strict."""
+        path, _ = nanogpt(vocab_size=len(CHARACTERS))
+        write_meta(tmp_path / "out/meta.pkl")
+        assert convert.main([str(path), str(tmp_path / "n"), "--to", "nanogpt"]) == 0
+        before, after = (torch.load(p, weights_only=True) for p in (path, tmp_path / "n/ckpt.pt"))
+        assert before["model"].keys() == after["model"].keys()
+        assert all(torch.equal(t, after["model"][n]) for n, t in before["model"].items())
+        args = {**before["model_args"], "dropout": 0.0}
+        assert after["model_args"] == args
+        assert (tmp_path / "n/meta.pkl").read_bytes() == (tmp_path / "out/meta.pkl").read_bytes()
+
+    def test_what_nanogpt_can_not_say(self, written, tmp_path, capsys):
+        assert convert.main([str(written[0]), str(tmp_path / "n"), "--to", "nanogpt"]) == 2
+        assert "the tanh approximation" in capsys.readouterr().err
+        assert not (tmp_path / "n").exists()
+        config = GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=60000)
+        info = msgspec.structs.replace(load(written[0]).info, vocab_size=60000)
+        with pytest.raises(CheckpointError, match="60000 byte pairs of its own"):
+            write_nanogpt(LoadedModel(GPT(config), info), tmp_path / "n")
+
+    def test_the_type_of_weights_stays(self, written, tmp_path):
+        for given, dtype in (([], "float32"), (["--dtype", "float16"], "float16")):
+            assert convert.main([str(written[0]), str(tmp_path / "o"), *given]) == 0
+            assert load(tmp_path / "o", lambda found: found).info.dtype == dtype
+
+    def test_the_bundled_model_for_transformers(self, tmp_path):
+        """Exact GELU, no biases, 65 characters: the logits of the served model's weights."""
+        assert convert.main(["shakespeare-char", str(tmp_path / "hf"), "--to", "hf"]) == 0
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+        ours = load(registry.PROJECT / "nanogpt/weights/shakespeare-char")
+        ids = load_tokenizer(ours.info.tokenizer).encode("ROMEO:\nWhat light")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+        assert tokenizer.encode("ROMEO:\nWhat light") == ids
+        with torch.inference_mode():
+            expected = theirs(torch.tensor([ids])).logits
+            found = ours.model(torch.tensor([ids]), CausalAttend())
+        assert (found - expected).abs().max() < 1e-4
+
+    def test_a_file_in_the_way(self, written, tmp_path, capsys):
+        (tmp_path / "o").write_text("x")
+        for to in ("ours", "hf", "nanogpt"):
+            assert convert.main([str(written[0]), str(tmp_path / "o"), "--to", to]) == 2
+            assert "is a file: give a directory" in capsys.readouterr().err
+        assert convert.main([str(written[0]), "/proc/nowhere/o"]) == 2
+        assert capsys.readouterr().err.startswith("error: can't write /proc/nowhere/o")
 
     def test_a_bad_source_is_one_line(self, tmp_path, capsys):
         assert convert.main(["/nowhere/ckpt.pt", str(tmp_path / "o")]) == 2

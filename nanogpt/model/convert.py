@@ -1,10 +1,12 @@
-"""Write any model that can be loaded as a checkpoint of ours, or as Hugging Face has it.
+"""Write any model that can be loaded as a checkpoint of ours, of Hugging Face's or of nanoGPT's.
 
-    python -m nanogpt.model.convert gpt2-xl out/gpt2-xl               half of the download
-    python -m nanogpt.model.convert out/ckpt.pt out/mine --dtype float32
-    python -m nanogpt.model.convert shakespeare-char out/hf --to-hf   for transformers
+    nanogpt convert out/ckpt.pt out/mine                    nanoGPT's as a checkpoint of ours
+    nanogpt convert shakespeare-char out/hf --to hf         for transformers
+    nanogpt convert out/mine/best out/theirs --to nanogpt   for nanoGPT's sample.py
+    nanogpt convert gpt2-xl out/half --dtype float16        half of the download
 
 SOURCE is all that --model takes: a known name, a directory, a ckpt.pt or a name on the hub.
+Weights keep their type unless --dtype says otherwise, so nothing is lost in any direction.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -28,6 +31,7 @@ from nanogpt.model.dtypes import DTYPES
 from nanogpt.model.gpt import GPT
 from nanogpt.model.huggingface import CONV1D
 from nanogpt.model.load import LoadedModel, load_model
+from nanogpt.model.nanogpt_writer import write_nanogpt
 from nanogpt.registry import ModelInfo, TokenizerSpec
 from nanogpt.tokenizer import gpt2_files
 
@@ -140,29 +144,40 @@ def _json(value: object) -> bytes:
     return msgspec.json.format(msgspec.json.encode(value)) + b"\n"
 
 
-def main(argv: Sequence[str]) -> int:
+WRITERS = {"ours": write_ours, "hf": write_hugging_face, "nanogpt": write_nanogpt}
+
+
+def _as_stored(found: torch.dtype) -> torch.dtype:
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m nanogpt.model.convert",
+        prog="nanogpt convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", metavar="SOURCE", help="name, directory, ckpt.pt or hub name")
     parser.add_argument("out", metavar="OUT", type=Path, help="directory to write")
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="(float16)")
-    parser.add_argument("--to-hf", action="store_true", help="write it for transformers")
+    parser.add_argument("--to", choices=WRITERS, default="ours", help="format (ours)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (as they are)")
     options = parser.parse_args(argv)
+    dtype = DTYPES[options.dtype] if options.dtype else _as_stored
     try:
-        cards = registry.read_cards()
-        known = options.source in cards
-        source = registry.resolve(options.source, cards)[1] if known else options.source
-        loaded = load_model(source, options.out.name, dtype=DTYPES[options.dtype], device="cpu")
-        (write_hugging_face if options.to_hf else write_ours)(loaded, options.out)
+        _, source = registry.any_source(options.source)
+        if options.out.is_file():
+            raise CheckpointError(f"{options.out} is a file: give a directory to write")
+        loaded = load_model(source, options.out.name, dtype=dtype, device="cpu")
+        WRITERS[options.to](loaded, options.out)
     except StartupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{options.out}: {loaded.info.num_parameters:,} parameters in {options.dtype}")
+    except OSError as error:
+        print(f"error: can't write {options.out}: {error.strerror}", file=sys.stderr)
+        return 2
+    print(f"{options.out}: {loaded.info.num_parameters:,} parameters in {loaded.info.dtype}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

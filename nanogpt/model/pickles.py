@@ -1,4 +1,7 @@
-"""The only reader of pickles: torch.save's files and nanoGPT's meta.pkl. Nothing in them is run."""
+"""The only reader and writer of pickles: torch.save's files and nanoGPT's meta.pkl.
+
+Nothing that is read is run.
+"""
 
 import io
 import pickle
@@ -38,6 +41,11 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         raise pickle.UnpicklingError("it refers to another file")
+
+
+def write_plain_pickle(path: Path, value: Any) -> None:
+    """Dictionaries, lists, strings and numbers."""
+    path.write_bytes(pickle.dumps(value))
 
 
 def read_plain_pickle(path: Path) -> Any:
