@@ -95,18 +95,18 @@ class Torchrun:
     """torchrun and, below it, this node's ranks."""
 
     def __init__(self, config: ServeConfig, ranks: int, argv: Sequence[str]) -> None:
-        endpoint = config.rdzv_endpoint or "127.0.0.1:0"
+        rendezvous = ["--rdzv-backend=loopback", "--rdzv-endpoint=127.0.0.1:0"]  # see agent.py
+        if config.nnodes > 1:
+            rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint={config.rdzv_endpoint}"]
         self._command = [
             sys.executable,
             "-m",
             "nanogpt.agent",
             f"--nnodes={config.nnodes}",
             f"--nproc-per-node={ranks}",
-            "--rdzv-backend=c10d",
-            f"--rdzv-endpoint={endpoint}",
+            *rendezvous,
             "--rdzv-id=nanogpt",
             f"--max-restarts={config.cluster.max_restarts}",
-            *([] if config.nnodes > 1 else ["--local-addr=127.0.0.1"]),
             str(PROJECT / "rank_worker.py"),
             *argv,
         ]

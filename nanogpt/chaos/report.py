@@ -42,6 +42,9 @@ def figures(books: Books) -> dict[str, Any]:
     kinds: dict[str, list[Fault]] = defaultdict(list)
     for fault in books.faults:
         kinds[fault.kind].append(fault)
+    ordered = sorted(books.faults, key=lambda fault: fault.number)
+    clean = {f.number for f in ordered[:1]}
+    clean |= {f.number for before, f in pairwise(ordered) if before.healed is not None}
     outcomes = Counter(asked.outcome for asked in books.asked)
     done = [asked for asked in books.asked if asked.outcome == "complete"]
     return {
@@ -50,14 +53,17 @@ def figures(books: Books) -> dict[str, Any]:
         "statuses": dict(sorted(Counter(str(a.status) for a in books.asked).items())),
         "tokens": sum(books.expected[a.template]["usage"]["completion_tokens"] for a in done),
         "faults": len(books.faults),
-        "by_fault": {kind: _of_kind(ones, books.asked) for kind, ones in kinds.items()},
+        "by_fault": {kind: _of_kind(ones, books.asked, clean) for kind, ones in kinds.items()},
     }
 
 
-def _of_kind(faults: list[Fault], asked: list[Asked]) -> dict[str, Any]:
+def _of_kind(faults: list[Fault], asked: list[Asked], clean: set[int]) -> dict[str, Any]:
+    """`clean`: numbers of the faults that struck when those before them had been recovered from.
+    Only their times are their own."""
+    faults, count = [fault for fault in faults if fault.number in clean], len(faults)
     recoveries = [(f.healed - f.at, f.loading_s) for f in faults if f.healed is not None]
     return {
-        "count": len(faults),
+        "count": count,
         "pause_s": spread([p for f in faults if (p := pause(f, asked)) is not None]),
         "recovery_s": spread([total for total, _ in recoveries]),
         "beyond_loading_s": spread([total - loading for total, loading in recoveries]),
