@@ -2,6 +2,10 @@
 # Sets up once, then serves. ./launch.sh --help explains the options.
 set -euo pipefail
 root=$(dirname "$(readlink -f "$0")")
-"$root/dev/setup.sh"
+# A web server needs no torch; whoever has a queue needs the client of Redis.
+extra=
+case " ${NANOGPT_QUEUE_URL:+--queue} $* " in *" --queue"[\ =]*) extra=redis ;; esac
+case " --role ${NANOGPT_ROLE:-} $* " in *" --role web "* | *" --role=web "*) extra=web ;; esac
+"$root/dev/setup.sh" $extra
 unset PYTHONDONTWRITEBYTECODE
 exec "$root/.venv/bin/python" -m nanogpt.launch "$@"

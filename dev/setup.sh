@@ -2,7 +2,8 @@
 # Set-up for ./launch.sh and ./tests/run: a virtual environment with the pinned dependencies, and
 # the C++ kernels. Does nothing, without touching the network, when it has been done before.
 #
-#   dev/setup.sh [test]     PYTHON=python3.12 chooses the interpreter (3.11 or later)
+#   dev/setup.sh [test|redis|web]     web: only what web servers need, without torch and kernels
+#                           PYTHON=python3.12 chooses the interpreter (3.11 or later)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extra=${1:-}
@@ -33,11 +34,15 @@ fi
 exec 9>"$venv/.lock"
 flock 9
 stamp=$(cat setup.cfg constraints.txt pyproject.toml | sha256sum | cut -c1-16)
+all="$venv/.installed-test-$stamp"
 stamp="$venv/.installed-${extra:-run}-$stamp"
+[ ! -e "$all" ] || stamp=$all  # which has everything that the others have
 if [ ! -e "$stamp" ]; then
     echo "installing the pinned dependencies (once; minutes)" >&2
+    what=(--editable ".${extra:+[$extra]}")
+    [ "$extra" != web ] || what=(--requirement configs/deploy/web-requirements.txt)
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-        --constraint constraints.txt --editable ".${extra:+[$extra]}" \
+        --constraint constraints.txt "${what[@]}" \
         || fail "the dependencies could not be installed; see above"
     "$venv/bin/python" -m compileall -q -j 0 nanogpt ./*.py
     date >"$stamp"
@@ -54,6 +59,7 @@ if [ "$extra" = test ] && command -v npm >/dev/null; then
     fi
 fi
 
+[ "$extra" != web ] || exit 0
 kernels=$(cat nanogpt/engine/cpu/*.cpp nanogpt/engine/cpu/*.h nanogpt/engine/cpu/build.py <(
     grep -m 1 flags /proc/cpuinfo) "$stamp" | sha256sum | cut -c1-16)
 kernels="$venv/.kernels-$kernels"
