@@ -12,6 +12,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 import flask
+import msgspec
 from werkzeug.exceptions import (
     ClientDisconnected,
     HTTPException,
@@ -458,13 +459,26 @@ def _store(config: ServeConfig) -> Store:
     return open_store(config.jobs, config.jobs.directory(config.port))
 
 
+def _admission(config: ServeConfig) -> Admission:
+    """Web servers of one queue share the limits, by the same Redis unless another is named."""
+    table = config.admission
+    if config.queue.url and not table.redis_url:
+        table = msgspec.structs.replace(table, redis_url=config.queue.url)
+    return Admission(table, os.environ)
+
+
 def _check(config: ServeConfig) -> None:
     """Open for a moment what the application will: a mistake is told here, and nothing open
     survives a fork. A queue that is away may come back."""
-    Admission(config.admission, os.environ).close()
+    _admission(config).close()
     store = _store(config)
     try:
         store.counts()
+        if config.queue.url and not store.is_durable():  # type: ignore[attr-defined]
+            log.warning(
+                "this Redis may lose what was accepted in its last second or more: set "
+                "appendonly yes and appendfsync always"
+            )
     except StoreUnavailable as error:
         log.error("%s", error)
     finally:
@@ -519,7 +533,7 @@ def main(argv: list[str]) -> int:
     host = f"[{config.host}]" if ":" in config.host else config.host
 
     def make_app() -> flask.Flask:
-        admission = Admission(config.admission, os.environ)
+        admission = _admission(config)
         if admission.is_open and not _is_loopback(config.host) and config.role != "worker":
             log.warning(
                 "anybody who reaches %s may use this server: make a key to close it "

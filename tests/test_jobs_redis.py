@@ -115,6 +115,17 @@ def test_a_full_redis_refuses_and_goes_on(server):
     store.close()
 
 
+def test_a_redis_that_may_lose_the_last_second_is_known(server):
+    store = open_store(server.url, "durable")
+    assert store.is_durable()
+    store.link.command("CONFIG", "SET", "appendfsync", "everysec")
+    try:
+        assert not store.is_durable()
+    finally:
+        store.link.command("CONFIG", "SET", "appendfsync", "always")
+        store.close()
+
+
 @pytest.mark.parametrize("url", ["http://127.0.0.1", "redis//x", ""])
 def test_a_wrong_url_is_named_without_its_password(url):
     with pytest.raises(ConfigError, match=r"queue\.url must be redis://"):

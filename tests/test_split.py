@@ -18,6 +18,7 @@ from tests.server import Server
 MODEL = "shakespeare-char"
 PROMPT = "ROMEO:"
 LONG = 150  # tokens: seconds of generation
+KEY = "k" * 24
 WAIT_S = 90  # a busy machine may take long; a test never waits for this when all is well
 
 
@@ -181,6 +182,28 @@ def test_background_and_batch(split, text):
     assert (batch.status, batch.request_counts.completed) == ("completed", 20)
     output = split.client.files.content(batch.output_file_id).text
     assert len(output.splitlines()) == 20
+
+
+def test_limits_are_those_of_all_processes_together(split, tmp_path):
+    """Two web servers, of which the second knows nothing but the queue."""
+    limits = tmp_path / "limits.toml"
+    limits.write_text("[admission.key_limits]\nrequests_per_minute = 3\n")
+    with contextlib.ExitStack() as stack:
+        urls = []
+        for _ in range(2):
+            options = ("--config", str(limits), "--queue", split.redis.url)
+            server = Server("--role", "web", *options, environ={"NANOGPT_API_KEYS": f"k={KEY}"})
+            stack.callback(server.close)
+            server.wait_for("^ready: ")
+            urls.append(server.url)
+        headers = {"Authorization": f"Bearer {KEY}"}
+        for url in urls:
+            wait_for(lambda url=url: httpx.get(f"{url}/ready").json()["ready"])
+        answers = [
+            httpx.post(f"{url}/v1/completions", json=ask(max_tokens=1), headers=headers, timeout=60)
+            for url in urls * 2
+        ]
+        assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
 
 
 def test_a_repeat_with_the_same_key_is_the_same_answer(split):

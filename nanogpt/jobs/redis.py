@@ -61,6 +61,19 @@ class RedisStore:
         """For what else the servers tell each other there."""
         return self._link
 
+    def is_durable(self) -> bool:
+        """Whether Redis has written to its disk what it answers; true also where it does not say,
+        as with some that are rented. Raises StoreUnavailable."""
+        answers = self._link.commands(
+            ("CONFIG", "GET", "appendonly"), ("CONFIG", "GET", "appendfsync")
+        )
+        known: dict[str, bytes] = {}
+        for answer in answers:
+            if isinstance(answer, Exception):
+                return True
+            known.update(_pairs(answer))
+        return known == {"appendonly": b"yes", "appendfsync": b"always"} or not known
+
     def _key(self, *names: str) -> str:
         return ":".join((self._prefix, *names))
 

@@ -64,7 +64,9 @@ class RelayExecutor:
         info = self._cluster.models().get(relayed.request.model)
         if info is None:
             raise PutBack(f"the model {relayed.request.model!r} is not served here")
-        so_far = Generated(relayed.request, list(lease.each_record()))
+        # The first who has it needs not ask what others left.
+        records = list(lease.each_record()) if lease.job.fence > 1 else []
+        so_far = Generated(relayed.request, records)
         if system_fingerprint(info) != relayed.fingerprint and so_far.has_any:
             lease.complete(
                 "failed",
@@ -78,7 +80,7 @@ class RelayExecutor:
 
     def _generate(self, lease: Lease, so_far: Generated) -> None:
         handle = self._cluster.submit(so_far.remaining(lease.job.fence))
-        keep_at = look_at = 0.0
+        keep_at, look_at = 0.0, time.monotonic() + LOOK_S
         try:
             while not so_far.done:
                 now = time.monotonic()
