@@ -126,6 +126,10 @@ class BPETokenizer(_Table):
             ids += self._encoding.encode(part, allowed_special="all")
         return ids
 
+    def encode_ordinary(self, text: str) -> list[int]:
+        """As `encode`, but a special token that is written out is text like any other."""
+        return self._encoding.encode_ordinary(text)
+
     def _split(self, text: str) -> list[str]:
         """Parts that encode separately to the same ids as the whole.
 

@@ -51,7 +51,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "nanogpt.api.server": (BASE | {"nanogpt.api"}, {"gunicorn"}),
     "nanogpt.jobs": (BASE | {"nanogpt.jobs"}, set()),
     "nanogpt.api.jobs": (BASE | {"nanogpt.api", "nanogpt.jobs"}, set()),
-    "nanogpt.data": (BASE | {"nanogpt.data", "nanogpt.model"}, {"numpy", "torch", "tiktoken"}),
+    "nanogpt.data": (BASE | {"nanogpt.data", "nanogpt.model"}, {"numpy", "torch"}),
     "nanogpt.train": (
         BASE | {"nanogpt.train", "nanogpt.data", "nanogpt.model"},
         {"numpy", "torch", "safetensors"},

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanogpt.bpe_files import has_bpe_files, read_bpe_files
 from nanogpt.errors import ConfigError
-from nanogpt.registry import TokenizerSpec
+from nanogpt.registry import ModelInfo, TokenizerSpec
 
 
 class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -22,6 +23,14 @@ class Meta(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     source: str  # name of the text
     source_sha256: str
 
+    def fits(self, info: ModelInfo) -> bool:
+        """Whether a model's ids stand for the same text as these."""
+        ours, theirs = self.tokenizer, info.tokenizer
+        if ours.kind == theirs.kind == "gpt2" and ours.directory and theirs.directory:
+            return read_bpe_files(ours.directory) == read_bpe_files(theirs.directory)
+        same = (ours.kind, ours.characters) == (theirs.kind, theirs.characters)
+        return same and self.vocab_size == info.vocab_size
+
 
 class Dataset:
     """The two splits of one text, memory-mapped."""
@@ -29,7 +38,7 @@ class Dataset:
     def __init__(self, directory: str | Path) -> None:
         path = Path(directory)
         try:
-            self.meta = msgspec.json.decode((path / "meta.json").read_bytes(), type=Meta)
+            self.meta = _read_meta(path)
             self.train = np.memmap(path / "train.bin", dtype="<u2", mode="r")
             self.val = np.memmap(path / "val.bin", dtype="<u2", mode="r")
         except (OSError, ValueError, msgspec.MsgspecError) as error:
@@ -39,6 +48,15 @@ class Dataset:
         sizes = (len(self.train), len(self.val))
         if sizes != (self.meta.train_tokens, self.meta.val_tokens):
             raise ConfigError(f"{path}: {sizes} tokens, meta.json says otherwise: prepare it again")
+
+
+def _read_meta(path: Path) -> Meta:
+    """With the place of the vocabulary's files, which are beside the data."""
+    meta = msgspec.json.decode((path / "meta.json").read_bytes(), type=Meta)
+    if meta.tokenizer.kind == "char" or not has_bpe_files(path):
+        return meta
+    tokenizer = msgspec.structs.replace(meta.tokenizer, directory=str(path))
+    return msgspec.structs.replace(meta, tokenizer=tokenizer)
 
 
 def batch_at(tokens: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:

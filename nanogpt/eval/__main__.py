@@ -73,7 +73,7 @@ def evaluate(args: argparse.Namespace) -> str:
     int8 = args.dtype == "int8"
     loaded = load_model(source, name, dtype=_dtype(args.dtype, device), device=device, int8=int8)
     tokenizer = load_tokenizer(loaded.info.tokenizer)
-    data = text.read(args.data, args.split, loaded.info.tokenizer, tokenizer)
+    data = text.read(args.data, args.split, loaded.info, tokenizer)
     windows = windows_of(len(data.tokens), loaded.info.context_length, args.stride)
     if device.type == "cpu":
         pack_model(loaded.model, int8=int8)

@@ -10,7 +10,7 @@ import numpy as np
 from nanogpt.data.dataset import Dataset
 from nanogpt.data.prepare import split
 from nanogpt.errors import ConfigError, InvalidRequest
-from nanogpt.registry import TokenizerSpec
+from nanogpt.registry import ModelInfo
 from nanogpt.tokenizer import Tokenizer
 
 Part = Literal["val", "train", "all"]
@@ -24,10 +24,10 @@ class Text:
     sha256: str  # of the whole text
 
 
-def read(path: Path, part: Part, spec: TokenizerSpec, tokenizer: Tokenizer) -> Text:
+def read(path: Path, part: Part, info: ModelInfo, tokenizer: Tokenizer) -> Text:
     """Of a UTF-8 text, or of a directory that `nanogpt prepare` wrote. Raises ConfigError."""
     if path.is_dir():
-        return _prepared(path, part, spec)
+        return _prepared(path, part, info)
     try:
         content = path.read_bytes()
         whole = content.decode()
@@ -44,10 +44,9 @@ def read(path: Path, part: Part, spec: TokenizerSpec, tokenizer: Tokenizer) -> T
     return Text(tokens, path.name, hashlib.sha256(content).hexdigest())
 
 
-def _prepared(path: Path, part: Part, spec: TokenizerSpec) -> Text:
+def _prepared(path: Path, part: Part, info: ModelInfo) -> Text:
     data = Dataset(path)
-    ours, theirs = data.meta.tokenizer, spec
-    if (ours.kind, ours.characters) != (theirs.kind, theirs.characters):
+    if not data.meta.fits(info):
         raise ConfigError(f"{path} has other tokens than the model: give the text itself")
     parts = {"train": [data.train], "val": [data.val], "all": [data.train, data.val]}[part]
     return Text(np.concatenate(parts), data.meta.source, data.meta.source_sha256)

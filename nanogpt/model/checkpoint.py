@@ -93,8 +93,9 @@ def _write(
     if tokenizer.kind == "char":
         _write_json(directory / CHARACTERS, list(tokenizer.characters))
     elif tokenizer.directory:
-        for name in ("vocab.json", "merges.txt"):
-            shutil.copyfile(Path(tokenizer.directory) / name, directory / name)
+        for name in ("vocab.json", "merges.txt", "added_tokens.json"):
+            if (Path(tokenizer.directory) / name).exists():
+                shutil.copyfile(Path(tokenizer.directory) / name, directory / name)
     for name, content in files.items():
         (directory / name).write_bytes(content)
 

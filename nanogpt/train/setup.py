@@ -7,6 +7,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from nanogpt import registry
 from nanogpt.data.dataset import Meta
 from nanogpt.errors import ConfigError
 from nanogpt.model.dtypes import DTYPES, fastest_dtype
@@ -70,12 +71,15 @@ def build_model(config: TrainConfig, meta: Meta, place: Place) -> GPT:
 
 
 def _start_from(config: TrainConfig, meta: Meta, place: Place) -> GPT:
-    loaded = load_model(config.init_from, "init", dtype=torch.float32, device=place.device)
-    ours, theirs = meta.tokenizer, loaded.info.tokenizer
-    if (ours.kind, ours.characters) != (theirs.kind, theirs.characters):
+    name, source = registry.any_source(config.init_from)
+    loaded = load_model(source, name, dtype=torch.float32, device=place.device)
+    if not meta.fits(loaded.info):
+        mend = f"bpe --tokenizer-of {config.init_from}"
+        if loaded.info.tokenizer.kind == "char":
+            mend = "char, from a text with the same characters"
         raise ConfigError(
             f"{config.data} and {config.init_from} have different tokens: prepare the data as "
-            f"{'bpe' if theirs.kind == 'gpt2' else 'char'}, from a text with the same characters"
+            f"{mend}"
         )
     model = GPT(loaded.model.config, config.dropout).to(place.device)
     model.load_state_dict(loaded.model.state_dict())
