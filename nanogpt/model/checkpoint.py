@@ -93,9 +93,9 @@ def _write(
     if tokenizer.kind == "char":
         _write_json(directory / CHARACTERS, list(tokenizer.characters))
     elif tokenizer.directory:
-        for name in ("vocab.json", "merges.txt", "added_tokens.json"):
-            if (Path(tokenizer.directory) / name).exists():
-                shutil.copyfile(Path(tokenizer.directory) / name, directory / name)
+        source, added = Path(tokenizer.directory), "added_tokens.json"
+        for name in ("vocab.json", "merges.txt", *([added] if (source / added).exists() else [])):
+            shutil.copyfile(source / name, directory / name)
     for name, content in files.items():
         (directory / name).write_bytes(content)
 
