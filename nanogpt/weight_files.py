@@ -55,9 +55,12 @@ def is_complete(directory: Path) -> bool:
 
 
 def cached(name: str) -> Path | None:
-    """The directory of a model of the Hugging Face hub, when its cache has all of it."""
-    from huggingface_hub import try_to_load_from_cache  # 0.3 s
-
+    """The directory of a model of the Hugging Face hub, when its cache has all of it; None too
+    without the hub's client, as on a web server that has no weights of its own."""
+    try:
+        from huggingface_hub import try_to_load_from_cache  # 0.3 s
+    except ImportError:
+        return None
     for each in hub_names(name):
         config = try_to_load_from_cache(each, "config.json")
         if isinstance(config, str) and is_complete(Path(config).parent):

@@ -1,8 +1,12 @@
 """GET /v1/models, and what is said of a model that is known but not served."""
 
+import subprocess
+import sys
+
 import msgspec
 import pytest
 
+from nanogpt.config import PROJECT
 from nanogpt.registry import read_cards
 from tests.app_utils import CLOSED, KEY, assert_error, bearer, complete, make_app
 from tests.fake_cluster import INFO, FakeCluster
@@ -61,3 +65,22 @@ def test_a_key_sees_only_its_cards(cluster, known):
     assert [model["id"] for model in listed] == ["gpt2", "gpt2-large"]
     response = complete(client, bearer(KEY), model="gpt2-xl")
     assert "does not exist" in response.json["error"]["message"]
+
+
+def test_without_the_hubs_client(known, monkeypatch):
+    """A web server is set up without it: what it has no weights of is not available there."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    listed = {model["id"]: model["state"] for model in known.get("/v1/models").json["data"]}
+    assert listed["gpt2-xl"] == "not_available"
+    assert complete(known, model="gpt2-xl").status_code == 404
+
+
+def test_listing_loads_no_torch():
+    """In a process of its own, with the hub's real client."""
+    code = (
+        "import sys; from nanogpt.registry import read_cards; "
+        "print([c.modified is None for c in read_cards().values()], "
+        "[m for m in ('torch', 'numpy', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    assert done.stdout.strip().endswith("[]"), done.stderr
