@@ -10,6 +10,7 @@ from nanogpt.errors import ConfigError
 from nanogpt.jobs.redis import RedisStore
 from nanogpt.jobs.redis_link import MaybeDone
 from nanogpt.jobs.store import Job, Lane, StoreUnavailable
+from tests import kill_jobs
 from tests.redis_server import redis_server
 from tests.server import free_port
 
@@ -203,3 +204,11 @@ def test_nothing_is_lost_or_doubled_when_redis_is_killed(tmp_path):
             assert (found.status, found.result) == ("completed", result)
             assert records == [str(i).encode() for i in range(RECORDS)]
         store.close()
+
+
+def test_enqueuers_workers_and_redis_may_all_be_killed():
+    """The short form of python -m tests.kill_jobs."""
+    report = kill_jobs.run(jobs=100, kills=12, seed=1)
+    assert report.wrong == []
+    assert report.accepted >= 100
+    assert report.kills.total() >= 12
