@@ -15,7 +15,8 @@ import sys
 from nanogpt import log as logging_setup
 from nanogpt import options, process
 from nanogpt.cluster import respawn
-from nanogpt.cluster.keeper import OWNER_VARIABLE, FrontEndKeeper
+from nanogpt.cluster.departure import Departure
+from nanogpt.cluster.keeper import LOCK, OWNER_VARIABLE, FrontEndKeeper
 from nanogpt.cluster.suspicion import PEER_LOST
 from nanogpt.config import ServeConfig
 from nanogpt.errors import EngineError, StartupError
@@ -49,6 +50,7 @@ def serve(config: ServeConfig, ranks: Ranks, run_dir: RunDir, life: respawn.Life
             lead,
             config.cluster.heartbeat_s,
             before=life.before,
+            on_joined=life.join,
             on_progress=life.mark,
         )
         while True:
@@ -79,6 +81,46 @@ def preload() -> None:
     import nanogpt.engine.setup  # noqa: F401
 
 
+class Parent:
+    """A rank's parent: keeps the rank alive, and on rank 0 the front end."""
+
+    def __init__(self, config: ServeConfig, argv: list[str], ranks: Ranks, run_dir: RunDir) -> None:
+        self._config, self._ranks, self._run_dir = config, ranks, run_dir
+        owner = int(os.environ.get(OWNER_VARIABLE, os.getppid()))
+        self._keeper = FrontEndKeeper(run_dir, argv, owner) if ranks.rank == 0 else None
+        self._life = respawn.Life()
+        self._departure = Departure(
+            lambda: self._life.has_group, self._front_end, config.http.drain_s
+        )
+        if OWNER_VARIABLE not in os.environ:  # a bare torchrun: nobody else drains
+            signal.signal(signal.SIGTERM, self._departure.ask)
+            if self._keeper:
+                run_dir.clear_marks()
+
+    def _front_end(self) -> int | None:
+        return self._run_dir.holder(LOCK) if self._keeper else None
+
+    def tick(self) -> bool:
+        """Whether it is time to go."""
+        if self._departure.is_asked:
+            return self._departure.is_due()
+        if self._keeper:
+            self._keeper.ensure()
+        return False
+
+    def keep_alive(self) -> int:
+        try:
+            return respawn.keep_alive(self._life, self._work, self.tick)
+        finally:
+            self._departure.finish()
+
+    def _work(self) -> int:
+        """In the child: it ends with its parent, and by no signal that the parent handles."""
+        if OWNER_VARIABLE not in os.environ:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return serve(self._config, self._ranks, self._run_dir, self._life)
+
+
 def main(argv: list[str]) -> int:
     config = options.parse_or_exit(argv)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the launcher's
@@ -92,12 +134,10 @@ def main(argv: list[str]) -> int:
         process.spin_briefly()
         process.no_blas_threads()
         logging_setup.set_up(config.log_level, f"rank {ranks.rank}")
-        owner = int(os.environ.get(OWNER_VARIABLE, os.getppid()))
-        keeper = FrontEndKeeper(run_dir, argv, owner)
-        tick = keeper.ensure if ranks.rank == 0 else lambda: None
-        tick()  # the front end starts while this process imports torch
+        parent = Parent(config, argv, ranks, run_dir)
+        parent.tick()  # the front end starts while this process imports torch
         preload()
-        return respawn.keep_alive(lambda life: serve(config, ranks, run_dir, life), tick)
+        return parent.keep_alive()
     except StartupError as error:
         return refuse(error, run_dir)
 

@@ -6,6 +6,8 @@ dev/FAILURES.md has the matrix. Faults at random, and many of them, are the chao
 import concurrent.futures
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -15,7 +17,7 @@ import psutil
 import pytest
 
 from tests.poison.sitecustomize import EXIT_0, HANG, MARK, MEMORY, SEGMENTATION_FAULT
-from tests.server import ROOT, Server, serving
+from tests.server import ROOT, Server, free_port, serving
 from tests.test_e2e import complete, running, wait_until
 
 QUICK = {
@@ -266,3 +268,54 @@ def test_threads_that_send_at_once_are_all_answered_across_a_kill(fragile):
         answers = [text for f in asking for text in f.result(120)]
     assert len(answers) >= 6
     assert all(text == want for text in answers)
+
+
+def test_a_bare_torchrun_restarts_and_drains_too(tmp_path):
+    """Without our launcher: SIGTERM to torchrun ended the ranks under open connections. The same
+    signal comes from torchrun to the others when a rank's parent was killed: no drain, then."""
+    port = free_port()
+    environ = {
+        **os.environ,
+        "NANOGPT_RUN_DIR": str(tmp_path / "run"),
+        "NANOGPT_ADMISSION_STATE": ":memory:",
+        "NANOGPT_JOBS_PATH": str(tmp_path / "jobs"),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    worker = [str(ROOT / "rank_worker.py"), "--port", str(port), "--device", "cpu"]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun = subprocess.Popen(
+        [*agent, "--nproc-per-node=2", "--max-restarts=9", *worker], cwd=ROOT, env=environ
+    )
+    below = psutil.Process(torchrun.pid)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: is_ready(url), 60)
+        body = {"model": "shakespeare-char", "prompt": "A", "n": 2, "seed": 1, "max_tokens": 200}
+        want = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"]
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            pending = pool.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=60)
+            time.sleep(0.3)
+            next(p for p in below.children() if "rank_worker" in " ".join(p.cmdline())).kill()
+            assert pending.result(60).json()["choices"] == want
+            pending = pool.submit(httpx.post, f"{url}/v1/completions", json=body, timeout=60)
+            time.sleep(0.3)
+            processes = below.children(recursive=True)
+            torchrun.send_signal(signal.SIGTERM)
+            got = pending.result(60)
+        assert got.status_code == 200
+        assert got.json()["choices"] == want
+        torchrun.wait(40)
+        _, alive = psutil.wait_procs(processes, timeout=10)
+        assert not alive
+    finally:
+        for process in below.children(recursive=True) if below.is_running() else []:
+            process.kill()
+        torchrun.kill()
+        torchrun.wait()
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ready").status_code == 200
+    except httpx.HTTPError:
+        return False

@@ -2,15 +2,19 @@
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch.distributed as dist
 
 from nanogpt import process
 from nanogpt.cluster import respawn
+from nanogpt.cluster.departure import SETTLE_S, Departure
 from nanogpt.cluster.process_group import join_generation
 from tests.server import ROOT
 
@@ -28,7 +32,8 @@ SCRIPT = """
 import os, signal, sys, time
 from nanogpt.cluster import respawn
 respawn.MOST_DEATHS = 3
-def work(life):
+life = respawn.Life()
+def work():
     with open(sys.argv[1], "a") as file:
         file.write("x")
     number = os.path.getsize(sys.argv[1])
@@ -41,7 +46,7 @@ def work(life):
     if act.startswith("signal"):
         os.kill(os.getpid(), int(act[6:]))
     return int(act)
-sys.exit(respawn.keep_alive(work, lambda: None))
+sys.exit(respawn.keep_alive(life, work, lambda: False))
 """
 
 
@@ -70,10 +75,10 @@ def test_a_token_in_between_starts_the_count_again(tmp_path):
 def test_child_dies_with_its_parent(tmp_path):
     code = (
         "import os, time; from nanogpt.cluster import respawn\n"
-        "def work(life):\n"
+        "def work():\n"
         "    print(os.getpid(), flush=True)\n"
         "    time.sleep(60)\n"
-        "respawn.keep_alive(work, lambda: None)"
+        "respawn.keep_alive(respawn.Life(), work, lambda: False)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
     pid = int(parent.stdout.readline())
@@ -127,3 +132,55 @@ def test_a_group_that_was_complete_is_not_joined_again():
         second = {f.result(10) for f in again}
     assert len(first) == len(second) == 1
     assert not first & second
+
+
+# SIGTERM under a bare torchrun
+
+
+@pytest.fixture
+def front_end():
+    code = "import signal, time; signal.signal(15, lambda *_: time.sleep(0.5) or exit()); print(1)"
+    child = subprocess.Popen(
+        [sys.executable, "-uc", f"{code}; time.sleep(60)"], stdout=subprocess.PIPE
+    )
+    child.stdout.readline()
+    yield child
+    child.kill()
+    child.communicate()
+
+
+def becomes_due(departed: Departure) -> float:
+    """Seconds from the signal until it is time to go."""
+    started = time.monotonic()
+    departed.ask(15, None)
+    while not departed.is_due():
+        assert time.monotonic() - started < 20
+        time.sleep(0.02)
+    departed.finish()
+    return time.monotonic() - started
+
+
+def test_a_rank_that_lost_its_group_goes_at_once(front_end):
+    departed = Departure(lambda: False, lambda: front_end.pid, 30.0)
+    assert not departed.is_due()
+    becomes_due(departed)
+    assert front_end.poll() is None  # nobody asked the front end to drain
+
+
+def test_a_rank_with_a_group_waits_for_the_front_end(front_end):
+    becomes_due(Departure(lambda: True, lambda: front_end.pid, 30.0))
+    assert front_end.wait(1) == 0
+
+
+def test_a_front_end_that_does_not_end_is_killed(front_end):
+    os.kill(front_end.pid, signal.SIGSTOP)
+    becomes_due(Departure(lambda: True, lambda: front_end.pid, 0.1))
+    assert front_end.wait(5) == -signal.SIGKILL
+
+
+def test_a_rank_without_a_front_end_stays_as_long_as_its_group():
+    departed = Departure(lambda: True, lambda: None, 1.0)
+    departed.ask(15, None)
+    time.sleep(SETTLE_S + 0.1)
+    assert not departed.is_due()
+    assert not departed.is_due()

@@ -46,12 +46,14 @@ class RankLoop:
         heartbeat_s: float,
         *,
         before: int = 0,
+        on_joined: Callable[[], None] = lambda: None,
         on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         """`before`: how the process ended whose place this one took (see RankReady);
-        `on_progress` is called whenever this rank has brought something forth."""
+        `on_joined` is called when an epoch begins, `on_progress` whenever this rank has brought
+        something forth."""
         self._ranks, self._engines, self._broadcast = ranks, engines, broadcast
-        self._before, self._on_progress = before, on_progress
+        self._before, self._on_joined, self._on_progress = before, on_joined, on_progress
         self._lead, self._heartbeat_s = lead, heartbeat_s
         self._decode: Decoder[Frame] = Decoder(Frame)
         self._epoch = 0
@@ -105,6 +107,7 @@ class RankLoop:
         self._publish_stats()
         ranks = self._ranks
         self._link.send(RankReady(self._epoch, ranks.rank, ranks.node, os.getpid(), self._before))
+        self._on_joined()
         log.info("joined epoch %d", self._epoch)
 
     def _submit(self, request: GenerateRequest) -> None:

@@ -34,15 +34,29 @@ class Life:
     exit code or the negative number of a signal; 0 for the first."""
 
     def __init__(self) -> None:
-        self._byte = mmap.mmap(-1, 1)  # shared: the child says that it was of use
+        self._shared = mmap.mmap(-1, 2)  # that the child was of use; that it is in a group
         self.before = 0
 
     def mark(self) -> None:
-        self._byte[0] = 1
+        """The child has brought something forth."""
+        self._shared[0] = 1
 
     def take(self) -> bool:
-        marked, self._byte[0] = self._byte[0] == 1, 0
+        """Whether it had, since this was last asked."""
+        marked, self._shared[0] = self._shared[0] == 1, 0
         return marked
+
+    def join(self) -> None:
+        """The child is in a group."""
+        self._shared[1] = 1
+
+    @property
+    def has_group(self) -> bool:
+        return self._shared[1] == 1
+
+    def begin(self) -> None:
+        """Another child is about to start."""
+        self._shared[1] = 0
 
 
 def pause_after(deaths: int) -> float:
@@ -51,16 +65,19 @@ def pause_after(deaths: int) -> float:
     return 0.0 if extra <= 0 else min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (extra - 1))
 
 
-def keep_alive(work: Callable[[Life], int], tick: Callable[[], None]) -> int:
-    """Run `work` in a forked child, again and again. `tick` is called twice a second meanwhile.
+def keep_alive(life: Life, work: Callable[[], int], tick: Callable[[], bool]) -> int:
+    """Run `work` in a forked child, again and again. `tick` is called twice a second meanwhile, and
+    says whether it is time to go; a child that is left dies with this process.
 
     Returns an exit code when another child would be of no use.
     """
     gc.collect()
     gc.freeze()  # what is here stays: a collection in the child must not copy its pages
-    life, deaths = Life(), 0
+    deaths = 0
     while True:
-        code = _run(work, life, tick)
+        code = _run(life, work, tick)
+        if code is None:
+            return 0
         if code == NO_USE:
             return code
         life.before = code
@@ -75,12 +92,15 @@ def keep_alive(work: Callable[[Life], int], tick: Callable[[], None]) -> int:
         log.error("the rank died (%s): another one starts%s", how, f" in {pause} s" * bool(pause))
         end = time.monotonic() + pause
         while time.monotonic() < end:
-            tick()
+            if tick():
+                return 0
             time.sleep(min(TICK_S, max(0.0, end - time.monotonic())))
 
 
-def _run(work: Callable[[Life], int], life: Life, tick: Callable[[], None]) -> int:
-    """One child, from fork to end; its exit code, or the negative number of its signal."""
+def _run(life: Life, work: Callable[[], int], tick: Callable[[], bool]) -> int | None:
+    """One child, from fork to end; its exit code, or the negative number of its signal. None when
+    it is time to go."""
+    life.begin()
     parent = os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -89,7 +109,7 @@ def _run(work: Callable[[Life], int], life: Life, tick: Callable[[], None]) -> i
         code = 1
         try:
             process.die_with_parent(parent)
-            code = work(life)
+            code = work()
         except Exception:
             log.critical("the rank failed", exc_info=True)
         finally:
@@ -102,7 +122,8 @@ def _run(work: Callable[[Life], int], life: Life, tick: Callable[[], None]) -> i
     poll.register(pidfd, select.POLLIN)
     try:
         while not poll.poll(TICK_S * 1000):
-            tick()
+            if tick():
+                return None
     finally:
         os.close(pidfd)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
