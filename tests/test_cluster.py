@@ -3,10 +3,13 @@
 import threading
 import time
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanogpt.cluster import rank_loop, transport
+from nanogpt.cluster.broadcast import Broadcast
 from nanogpt.cluster.client import ClusterClient
 from nanogpt.cluster.handle import RequestHandle
 from nanogpt.cluster.messages import (
@@ -27,11 +30,14 @@ from nanogpt.cluster.messages import (
     encode,
 )
 from nanogpt.cluster.placement import Placement
+from nanogpt.cluster.rank_loop import RankLoop
 from nanogpt.cluster.transport import ControlLink, EventLink, FrontEndSockets
 from nanogpt.cluster.watch import Hang, Watch
 from nanogpt.errors import InvalidRequest, Unavailable
+from nanogpt.ranks import Ranks
 from nanogpt.registry import ModelInfo, TokenizerSpec
 from nanogpt.request import (
+    EngineStats,
     GenerateRequest,
     PromptScored,
     RequestFailed,
@@ -52,6 +58,9 @@ INFO = ModelInfo(
     created=0,
     num_parameters=0,
 )
+
+
+ALONE = Ranks(0, 1, 0, 1, 0, "", 0)
 
 
 def request(n=1, prompts=((0, 1),), **params) -> GenerateRequest:
@@ -443,3 +452,56 @@ def test_a_wrong_curve_key_connects_to_nothing(tmp_path):
     assert [m.rank for m in got] == [0]
     for thing in (bad, good, sockets, other):
         thing.close()
+
+
+# A full queue
+
+
+def test_a_full_queue_loses_nothing_and_stops_generation(tmp_path, monkeypatch):
+    """The front end is stopped, say: what it does not take waits in order, and a rank generates no
+    more once enough of it does."""
+    monkeypatch.setattr(transport, "MANY", 5)
+    monkeypatch.setattr(rank_loop, "MAX_BACKLOG", 20)
+    sockets = FrontEndSockets(f"ipc://{tmp_path}/c", f"ipc://{tmp_path}/e")
+    engine = CountingEngine()
+    loop = RankLoop(ALONE, {"toy": engine}, Broadcast(0, 1, None), None, 60.0)
+    loop._enter(sockets.welcome(1))
+    loop._submit(msgspec.structs.replace(request(), owners=(0,)))
+    for _ in range(3000):
+        loop.turn()
+    steps = engine.steps
+    assert 20 < steps < 3000
+    for _ in range(10):
+        loop.turn()
+    assert engine.steps == steps  # nothing goes on while nobody listens
+    engine.has_work = False  # and so the last events wait, with no step to send them
+    got: list[int] = []
+    deadline = time.monotonic() + 20
+    while len(got) < steps:
+        assert time.monotonic() < deadline
+        sockets.poll(1)
+        for message in sockets.event_messages():
+            if isinstance(message, EventBatch):
+                got += [event.position for event in message.tokens]
+        loop.turn()
+    assert got == list(range(steps))
+    loop._heart.stop()
+    loop._link.close()
+    sockets.close()
+
+
+class CountingEngine:
+    """A token in each step, for ever."""
+
+    def __init__(self) -> None:
+        self.steps, self.has_work = 0, True
+
+    def add(self, request) -> None: ...
+    def abort(self, request_id, index=None) -> None: ...
+    def abort_all(self) -> None: ...
+    def stats(self) -> EngineStats:
+        return EngineStats(model="toy")
+
+    def step(self):
+        self.steps += 1
+        return [TokenEvent("r1", 0, self.steps - 1, (0,))]

@@ -72,6 +72,8 @@ class RankLoop:
         for payload in payloads:
             for command in self._decode(payload).commands:
                 self._apply(command)
+        if self._link and self._link.backlog:
+            self._link.flush()
         if busy:
             self._step()
         elif not self._lead and not payloads:
@@ -121,7 +123,6 @@ class RankLoop:
 
     def _step(self) -> None:
         if self._link and self._link.backlog > MAX_BACKLOG:
-            self._link.flush()
             time.sleep(IDLE_POLL_S)
             return
         for engine in self._engines.values():
