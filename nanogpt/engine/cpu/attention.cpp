@@ -12,7 +12,7 @@ namespace {
 void check_rows(const at::Tensor& x, const at::Tensor& like, const char* name) {
   TORCH_CHECK(x.device().is_cpu() && x.scalar_type() == like.scalar_type() &&
                   x.sizes() == like.sizes() && x.stride(-1) == 1,
-              name, " must be a CPU tensor shaped and typed like q, contiguous in its last dimension");
+              name, " must be a CPU tensor shaped and typed like q, contiguous in its last dim");
 }
 
 template <typename T>

@@ -1,4 +1,5 @@
-// The operators of linear layers that Python calls: checks of what comes in, then product.h and int8.h.
+// The operators of linear layers that Python calls: checks of what comes in, then product.h and
+// int8.h.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -20,7 +21,8 @@ Input<W> prepare(const float* x, int64_t stride, int64_t rows, const Packed& wei
   thread_local Buffer<float> scales;
   RowOf<W>* q = buffer.room(rows * padded);
   scale = scales.room(rows);
-  for_parts(rows, std::min(rows, threads_for(rows * inputs)), [&, scale](int64_t begin, int64_t end) {
+  const int64_t threads = std::min(rows, threads_for(rows * inputs));
+  for_parts(rows, threads, [&, scale](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r++) {
       if constexpr (kIsInt8<W>) {
         scale[r] = quantize_row(x + r * stride, inputs, padded, q + r * padded);
@@ -45,8 +47,10 @@ void multiply(const float* x, int64_t stride, int64_t rows, const Packed& weight
     float* scale = nullptr;
     const Input<W> in = prepare<W>(x, stride, rows, weight, scale);
     const W* packed = weight.tensor.const_data_ptr<W>();
-    for_parts(weight.panels, std::min<int64_t>(at::get_num_threads(), weight.panels),
-              [&](int64_t begin, int64_t end) { product(in, scale, packed, begin, end, epilogue); });
+    const int64_t threads = std::min<int64_t>(at::get_num_threads(), weight.panels);
+    for_parts(weight.panels, threads, [&](int64_t begin, int64_t end) {
+      product(in, scale, packed, begin, end, epilogue);
+    });
   });
 }
 
@@ -56,14 +60,21 @@ namespace {
 template <typename W>
 void pack(const W* weight, int64_t outputs, int64_t inputs, int64_t begin, int64_t end,
           W* packed) {
-  constexpr int64_t G = kGroup<W>;
-  const int64_t groups = (inputs + G - 1) / G;
-  W* to = packed + begin * groups * kPanel * G;
-  for (int64_t p = begin; p < end; p++)
-    for (int64_t g = 0; g < groups; g++)
-      for (int64_t n = p * kPanel; n < (p + 1) * kPanel; n++)
-        for (int64_t k = g * G; k < (g + 1) * G; k++)
-          *to++ = n < outputs && k < inputs ? weight[n * inputs + k] : W(0.0f);
+  constexpr int64_t G = kGroup<W>, kBlock = 16;  // groups: a line of cache of each output
+  const int64_t whole = inputs / G, size = (inputs + G - 1) / G * kPanel * G;
+  for (int64_t p = begin; p < end; p++) {
+    const int64_t rows = std::min<int64_t>(kPanel, outputs - p * kPanel);
+    const W* from = weight + p * kPanel * inputs;
+    W* to = packed + p * size;
+    if (rows < kPanel || whole * G < inputs) std::fill_n(to, size, W(0.0f));
+    for (int64_t first = 0; first < whole; first += kBlock)
+      for (int64_t n = 0; n < rows; n++)
+        for (int64_t g = first; g < std::min(whole, first + kBlock); g++)
+          std::memcpy(to + (g * kPanel + n) * G, from + n * inputs + g * G, G * sizeof(W));
+    for (int64_t k = whole * G; k < inputs; k++)
+      for (int64_t n = 0; n < rows; n++)
+        to[(whole * kPanel + n) * G + k % G] = from[n * inputs + k];
+  }
 }
 
 at::Tensor pack_weight(const at::Tensor& weight) {

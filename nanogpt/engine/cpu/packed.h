@@ -49,7 +49,10 @@ struct Packed {
         panels((outputs + kPanel - 1) / kPanel),
         bias(bias_or_empty.numel() ? bias_or_empty.const_data_ptr<float>() : nullptr) {
     int64_t size = 0;
-    for_type(packed.scalar_type(), [&](auto w) { size = panel_size<decltype(w)>(padded<decltype(w)>()); });
+    for_type(packed.scalar_type(), [&](auto element) {
+      using W = decltype(element);
+      size = panel_size<W>(padded<W>());
+    });
     TORCH_CHECK(packed.is_contiguous() && packed.numel() == panels * size, "a packed weight of ",
                 packed.sizes(), " is not of ", inputs, " inputs and ", outputs, " outputs");
     TORCH_CHECK(!bias || (bias_or_empty.numel() == outputs && bias_or_empty.is_contiguous()),
