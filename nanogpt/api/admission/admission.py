@@ -30,6 +30,7 @@ from nanogpt.api.admission.limits import Limiter, Ticket
 from nanogpt.api.admission.live import Live
 from nanogpt.api.admission.record import Recorder
 from nanogpt.api.admission.rules import Enforcer
+from nanogpt.api.admission.shared_state import SharedState
 from nanogpt.api.admission.state import State
 from nanogpt.api.admission.subject import Subject, clean_user
 from nanogpt.api.admission.windows import WINDOW_S, Claim, Full, MemoryWindows, Name
@@ -107,7 +108,7 @@ class Admission:
         with ExitStack() as resources:
             if self._shared is not None:
                 resources.callback(self._shared.close)
-            self._state = State(config.state_path)
+            self._state = _open_state(config)
             resources.callback(self._state.close)
             audit = open_audit(config)
             if audit is not None:
@@ -417,3 +418,9 @@ class Admission:
             entry, decision="refused", code=error.code or str(error.status)
         )
         self._recorder.note(refusal)
+
+
+def _open_state(config: AdmissionConfig) -> State:
+    if not config.redis_url:
+        return State(config.state_path)
+    return SharedState(config.state_path, redis_windows.connect(config.redis_url))
