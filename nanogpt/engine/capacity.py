@@ -46,7 +46,8 @@ def capacity(
     block_size: int = DEFAULT_BLOCK_SIZE,
 ) -> Capacity:
     """What `memory` bytes hold when a model is alone on a device: KV gets `share` of what its
-    weights leave; the rest is for activations and libraries. Nothing but the sizes when the weights don't fit."""
+    weights leave; the rest is for activations and libraries. When the weights don't fit, the
+    answer has sizes only."""
     weights = num_parameters * dtype.itemsize
     per_token = 2 * config.n_layer * config.n_embd * dtype.itemsize
     per_block = per_token * block_size
