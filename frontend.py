@@ -528,6 +528,11 @@ def main(argv: list[str]) -> int:
     logging_setup.set_up(config.log_level, "web server" if is_web else "front end")
     run_dir = RunDir.open(config.host, config.port)
     if not run_dir.lock(LOCK):
+        if is_web:
+            print(
+                f"error: another server is running on {config.host}:{config.port}", file=sys.stderr
+            )
+            return 2
         log.info("another front end is alive: leaving it to that one")
         return 0
     host = f"[{config.host}]" if ":" in config.host else config.host
