@@ -94,7 +94,7 @@ class Loop:
         self._redis, self._directory, self._pause_s = redis, directory, pause_s
         self._random = random.Random(seed)
         self._started = 0
-        self._alive: dict[str, list[subprocess.Popen[bytes]]] = {"enqueue": [], "work": []}
+        self._alive: dict[str, list[tuple[subprocess.Popen[bytes], Path]]] = {}
         self.kills: Counter[str] = Counter()
 
     def start(self, role: str) -> None:
@@ -102,28 +102,34 @@ class Loop:
         log = self._directory / f"{role}{self._started}"
         command = [sys.executable, "-m", "tests.kill_jobs", role, self._redis.url, str(log)]
         options = ["--pause", str(self._pause_s)]
-        self._alive[role].append(subprocess.Popen([*command, *options]))
+        process = subprocess.Popen([*command, *options])
+        self._alive.setdefault(role, []).append((process, log))
 
     def kill_one(self) -> None:
-        """And start another in its place."""
+        """And start another in its place. Nothing, when all of the chosen kind are still starting:
+        killing those proves nothing."""
         role = self._random.choices(["work", "enqueue", "redis"], [6, 3, 2])[0]
-        self.kills[role] += 1
         if role == "redis":
+            self.kills[role] += 1
             self._redis.kill()
             time.sleep(self._random.random() / 5)
             self._redis.start()
             return
-        victim = self._random.randrange(len(self._alive[role]))
-        self._end(self._alive[role].pop(victim))
-        self.start(role)
+        started = [pair for pair in self._alive[role] if pair[1].exists()]
+        if started:
+            victim = self._random.choice(started)
+            self._alive[role].remove(victim)
+            self._end(victim[0])
+            self.kills[role] += 1
+            self.start(role)
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         process.kill()
         process.wait()
 
     def stop(self, role: str) -> None:
-        while self._alive[role]:
-            self._end(self._alive[role].pop())
+        for process, _ in self._alive.pop(role, []):
+            self._end(process)
 
     def lines(self, role: str) -> list[str]:
         """Of all logs; the last one of a killed process may lack its end."""
