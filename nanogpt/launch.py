@@ -2,23 +2,21 @@
 
 This process is what the operator sees. It ends with 0 after Ctrl-C or SIGTERM, and then nothing is
 left behind; with 2 and one clear line when the cluster can't start. torchrun is started anew, with
-growing pauses, if it ends by itself.
+growing pauses, if it ends by itself. SIGHUP has the ranks reload their configuration and models.
 """
 
 import contextlib
 import logging
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 from nanogpt import log as logging_setup
-from nanogpt import options, process, registry
+from nanogpt import options, preflight, process
 from nanogpt.cluster.keeper import LOCK, OWNER_VARIABLE
 from nanogpt.config import PROJECT, ServeConfig
 from nanogpt.errors import StartupError
@@ -26,7 +24,6 @@ from nanogpt.rundir import RunDir
 
 log = logging.getLogger("launch")
 
-GIB = 2**30
 POLL_S = 0.05
 DRAIN_MARGIN_S = 5.0  # beyond drain_s, for the front end to notice and leave
 STOP_S = 5.0  # for torchrun to end its ranks; then they are killed
@@ -34,61 +31,6 @@ MAX_PAUSE_S = 30.0
 LONG_LIFE_S = 10.0  # a torchrun that lived so long is started again at once
 LOOK_EVERY_S = 1.0  # for processes that are stopped
 LAUNCHER_LOCK = "launcher"
-
-
-def count_gpus(environ: Mapping[str, str]) -> int:
-    """GPUs that CUDA would see, without importing torch. 0 when there is no driver."""
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
-    return len([line for line in listed.stdout.splitlines() if line.startswith("GPU ")])
-
-
-def plan_ranks(config: ServeConfig, gpus: int) -> int:
-    """Processes on this node. Raises StartupError when there are fewer GPUs than asked for."""
-    if config.device == "cuda" and gpus == 0:
-        raise StartupError("device is cuda, but no GPU is visible here; use --device cpu")
-    use_gpus = gpus if config.device != "cpu" else 0
-    if config.ranks == "auto":
-        # On a CPU one rank with all cores reads the weights once for all its sequences.
-        return max(1, use_gpus)
-    if use_gpus and config.ranks > use_gpus:
-        raise StartupError(f"{config.ranks} ranks, but only {use_gpus} GPUs are visible here")
-    return config.ranks
-
-
-def check_port(host: str, port: int) -> None:
-    """Raises StartupError when nothing can listen there."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except socket.gaierror as error:
-        raise StartupError(f"host {host!r} is not an address of this machine: {error}") from error
-    family, kind, protocol, _, address = found[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(address)
-        except OSError as error:
-            raise StartupError(
-                f"can't listen on {host}:{port}: {error.strerror}; choose another with --port"
-            ) from error
-
-
-def check_memory(config: ServeConfig, sources: Sequence[tuple[str, str]], ranks: int) -> None:
-    """Raises StartupError when this machine can't hold the weights. For ranks on the CPU: what a
-    GPU has free is known once torch runs there."""
-    # "auto" may become float32: refuse only what is too large in any case.
-    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
-    needed = ranks * sum(registry.estimate_memory(source, dtype) or 0 for _, source in sources)
-    free = process.available_memory()
-    if needed > free:
-        raise StartupError(
-            f"too little memory: {ranks} x the weights take {needed / GIB:.1f} GiB, and "
-            f"{free / GIB:.1f} GiB are free; use fewer ranks, fewer models or a smaller dtype"
-        )
 
 
 class Torchrun:
@@ -156,15 +98,20 @@ class Torchrun:
 class Launcher:
     """The life of one node."""
 
-    def __init__(self, config: ServeConfig, run_dir: RunDir, torchrun: Torchrun) -> None:
-        self._config, self._run_dir, self._torchrun = config, run_dir, torchrun
-        self._stop_asked = False
+    def __init__(
+        self, config: ServeConfig, run_dir: RunDir, argv: Sequence[str], ranks: int
+    ) -> None:
+        self._config, self._run_dir, self._argv = config, run_dir, argv
+        self._torchrun = Torchrun(config, ranks, argv)
+        self._stop_asked = self._reload_asked = False
         self._stopped: dict[int, float] = {}  # processes, and since when
         self._look_at = 0.0
 
     def run(self) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask_stop)
+        # In a terminal it means that the terminal has gone.
+        signal.signal(signal.SIGHUP, self._ask_stop if os.isatty(0) else self._ask_reload)
         process.adopt_orphans()
         self._torchrun.start()
         pause, started = 0.0, time.monotonic()
@@ -178,6 +125,8 @@ class Launcher:
                     log.error("torchrun ended: starting it again in %.0f s", pause)
                     self._sleep(pause)
                     self._torchrun.start()
+                    started = time.monotonic()
+                if self._reload_asked and self._reload():
                     started = time.monotonic()
                 process.reap(except_pid=self._torchrun.pid)
                 self._kill_stopped(time.monotonic())
@@ -205,12 +154,36 @@ class Launcher:
                     log.error("process %d is stopped: killed", pid)
                     os.kill(pid, signal.SIGKILL)
 
+    def _ask_reload(self, number: int, frame: FrameType | None) -> None:
+        self._reload_asked = True
+
+    def _reload(self) -> bool:
+        """Start the ranks anew with the configuration as it is now, once the front end has nothing
+        that runs: see nanogpt/cluster/hold.py. One that could not start changes nothing."""
+        self._reload_asked = False
+        try:
+            config, ranks = preflight.plan_reload(self._argv, self._config)
+        except StartupError as error:
+            log.error("not reloaded: %s", error)
+            return False
+        log.info("reloading: what runs finishes first, what is new waits")
+        self._run_dir.ask_reload()
+        patience_s = self._config.http.drain_s + DRAIN_MARGIN_S
+        self._sleep(patience_s, unless=self._run_dir.is_held)
+        if self._stop_asked:
+            return False
+        self._torchrun.stop()
+        self._config, self._torchrun = config, Torchrun(config, ranks, self._argv)
+        self._torchrun.start()
+        self._run_dir.end_reload()
+        return True
+
     def _ask_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop_asked = True
 
-    def _sleep(self, seconds: float) -> None:
+    def _sleep(self, seconds: float, unless: Callable[[], bool] = lambda: False) -> None:
         end = time.monotonic() + seconds
-        while not self._stop_asked and time.monotonic() < end:
+        while not self._stop_asked and not unless() and time.monotonic() < end:
             time.sleep(POLL_S)
 
     def _end(self) -> None:
@@ -234,23 +207,17 @@ def main(argv: list[str]) -> int:
         os.execv(sys.executable, [sys.executable, str(PROJECT / "frontend.py"), *argv])
     logging_setup.set_up(config.log_level, "launcher")
     try:
-        gpus = count_gpus(os.environ) if config.device != "cpu" else 0
-        ranks = plan_ranks(config, gpus)
-        sources = registry.sources(config.models)
-        for name, source in sources:
-            registry.check_source(name, source)
-        if not gpus:
-            check_memory(config, sources, ranks)
+        ranks = preflight.plan(config)
         run_dir = RunDir.open(config.host, config.port)
         if config.node_rank == 0:
-            check_port(config.host, config.port)
+            preflight.check_port(config.host, config.port)
         if not run_dir.lock(f"{LAUNCHER_LOCK}-{config.node_rank}"):
             raise StartupError(f"another launcher is running on {config.host}:{config.port}")
         run_dir.clear_marks()
     except StartupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return Launcher(config, run_dir, Torchrun(config, ranks, argv)).run()
+    return Launcher(config, run_dir, argv, ranks).run()
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ import fcntl
 import os
 import stat
 import tempfile
+import time
 from pathlib import Path
 
 from nanogpt.errors import StartupError
 
 MAX_SOCKET_PATH = 107  # bytes: sockaddr_un.sun_path less its final NUL
+_LOOKS, _LOOK_S = 5, 0.01
 
 
 class RunDir:
@@ -87,9 +89,35 @@ class RunDir:
     def is_stopping(self) -> bool:
         return self._stopping.exists()
 
+    # A reload: the launcher asks for it, the front end answers when nothing runs any more.
+
+    @property
+    def _reload(self) -> Path:
+        return self.path / "reload"
+
+    @property
+    def _held(self) -> Path:
+        return self.path / "held"
+
+    def ask_reload(self) -> None:
+        self._held.unlink(missing_ok=True)
+        self._reload.touch()
+
+    def is_reload_asked(self) -> bool:
+        return self._reload.exists()
+
+    def set_held(self) -> None:
+        self._held.touch()
+
+    def is_held(self) -> bool:
+        return self._held.exists()
+
+    def end_reload(self) -> None:
+        self._reload.unlink(missing_ok=True)
+
     def clear_marks(self) -> None:
         """Forget what an earlier run left."""
-        for path in (self._fatal, self._stopping):
+        for path in (self._fatal, self._stopping, self._reload, self._held):
             path.unlink(missing_ok=True)
 
     # Locks: held for as long as a process lives, whatever kills it.
@@ -100,9 +128,13 @@ class RunDir:
         The holder's pid is in the file, for `holder`. Children don't inherit the lock.
         """
         fd = os.open(self.path / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        for _ in range(_LOOKS):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(_LOOK_S)  # it may be somebody who only looks: see `holder`
+        else:
             os.close(fd)
             return False
         os.ftruncate(fd, 0)

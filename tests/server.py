@@ -34,6 +34,7 @@ class Server:
         self.process = subprocess.Popen(
             [str(ROOT / "launch.sh"), "--port", str(self.port), "--device", "cpu", *options],
             cwd=tempfile.gettempdir(),
+            stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
             # Neither the keys, bans and jobs of whoever runs the tests, nor ours for them.

@@ -72,7 +72,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "nanogpt.fetch": (BASE | {"nanogpt.model.hub"}, set()),
     "nanogpt.agent": (set(), {"torch"}),
     "nanogpt.chaos": (BASE | {"nanogpt.chaos"}, set()),
-    "nanogpt.launch": (BASE | {"nanogpt.cluster.keeper"}, set()),
+    "nanogpt.launch": (BASE | {"nanogpt.preflight", "nanogpt.cluster.keeper"}, set()),
+    "nanogpt.preflight": (BASE, set()),
     "rank_worker": (BASE | {"nanogpt.engine", "nanogpt.model", "nanogpt.cluster"}, set()),
     "frontend": (
         BASE | {"nanogpt.api", "nanogpt.jobs", "nanogpt.cluster"},

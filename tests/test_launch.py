@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from nanogpt import launch, process
+from nanogpt import preflight, process
 from nanogpt.config import PROJECT, ServeConfig
 from nanogpt.errors import StartupError
 from nanogpt.ranks import Ranks
@@ -17,41 +17,41 @@ from nanogpt.rundir import RunDir
 
 
 def test_auto_ranks_are_gpus_or_one():
-    assert launch.plan_ranks(ServeConfig(), gpus=0) == 1
-    assert launch.plan_ranks(ServeConfig(), gpus=4) == 4
-    assert launch.plan_ranks(ServeConfig(device="cpu"), gpus=4) == 1
-    assert launch.plan_ranks(ServeConfig(ranks=3), gpus=0) == 3
+    assert preflight.plan_ranks(ServeConfig(), gpus=0) == 1
+    assert preflight.plan_ranks(ServeConfig(), gpus=4) == 4
+    assert preflight.plan_ranks(ServeConfig(device="cpu"), gpus=4) == 1
+    assert preflight.plan_ranks(ServeConfig(ranks=3), gpus=0) == 3
 
 
 def test_more_ranks_than_gpus_are_refused():
     with pytest.raises(StartupError, match="2 GPUs"):
-        launch.plan_ranks(ServeConfig(ranks=4), gpus=2)
+        preflight.plan_ranks(ServeConfig(ranks=4), gpus=2)
     with pytest.raises(StartupError, match="--device cpu"):
-        launch.plan_ranks(ServeConfig(device="cuda"), gpus=0)
+        preflight.plan_ranks(ServeConfig(device="cuda"), gpus=0)
 
 
 @pytest.mark.parametrize(("visible", "count"), [("", 0), ("0,1,3", 3), ("-1", 0)])
 def test_visible_devices_count(visible, count):
-    assert launch.count_gpus({"CUDA_VISIBLE_DEVICES": visible}) == count
+    assert preflight.count_gpus({"CUDA_VISIBLE_DEVICES": visible}) == count
 
 
 def test_weights_that_cannot_fit_are_refused(monkeypatch):
     models = [("shakespeare-char", str(PROJECT / "nanogpt/weights/shakespeare-char"))]
     config = ServeConfig(dtype="float32")
     monkeypatch.setattr(process, "available_memory", lambda: 100 * 2**20)
-    launch.check_memory(config, models, ranks=2)  # 41 MiB each
+    preflight.check_memory(config, models, ranks=2)  # 41 MiB each
     with pytest.raises(StartupError, match=r"too little memory.*fewer ranks"):
-        launch.check_memory(config, models, ranks=3)
+        preflight.check_memory(config, models, ranks=3)
 
 
 def test_port_in_use_and_foreign_host_are_refused():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(StartupError, match=f"127.0.0.1:{port}.*--port"):
-            launch.check_port("127.0.0.1", port)
-    launch.check_port("127.0.0.1", port)
+            preflight.check_port("127.0.0.1", port)
+    preflight.check_port("127.0.0.1", port)
     with pytest.raises(StartupError, match="host"):
-        launch.check_port("no such host", port)
+        preflight.check_port("no such host", port)
 
 
 TORCHRUN = {

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import msgspec
 
 from nanogpt.cluster.handle import RequestHandle
+from nanogpt.cluster.hold import Hold
 from nanogpt.cluster.messages import (
     PROTOCOL_VERSION,
     Alive,
@@ -82,10 +83,12 @@ class ClusterClient:
         on_ready: Callable[[ClusterStatus, dict[str, ModelInfo]], None] | None = None,
         on_orphaned: Callable[[], None] | None = None,
         owner_pid: int | None = None,
+        hold: Hold | None = None,
     ) -> None:
         self._make_sockets = sockets
         self._watch = watch
         self._max_outstanding = max_outstanding
+        self._hold = hold or Hold()
         self._on_ready = on_ready
         self._on_orphaned = on_orphaned
         self._owner_fd = os.pidfd_open(owner_pid) if owner_pid else None
@@ -158,10 +161,27 @@ class ClusterClient:
         """Accept a request: from here on it gets every token, or one RequestFailed.
 
         One that was interrupted says in `resumed` and `finished` what it has already.
-        While a worker group restarts the request waits for the next one. Raises Unavailable
-        before the first group has come, when one does not come back, while draining, and when too
-        much is outstanding.
+        While a worker group restarts the request waits for the next one, and during a reload this
+        call does. Raises Unavailable before the first group has come, when one does not come back,
+        while draining, and when too much is outstanding.
         """
+        known = self._models.get(request.model)
+        while True:
+            self._check_open()
+            with self._lock:
+                # Under the lock: what is accepted from here on must not be overlooked by a reload.
+                if self._hold.is_open:
+                    handle = self._accept(request)
+                    break
+        now = self._models.get(request.model)
+        if known is not None and now is not None and known.fingerprint != now.fingerprint:
+            handle.cancel()
+            raise Unavailable("the model has just been reloaded; try again", code="starting")
+        return handle
+
+    def _check_open(self) -> None:
+        """Raises Unavailable when no requests are taken. Waits for the end of a reload."""
+        is_open = self._hold.wait(RESTART_PATIENCE_S)
         if self._draining:
             raise Unavailable(
                 "the server is shutting down; send the request to another one or try again",
@@ -171,12 +191,16 @@ class ClusterClient:
         if self._group is None or not self._models:
             raise Unavailable("the model is being loaded; try again soon", code="starting")
         down_since = self._down_since
-        if down_since is not None and time.monotonic() - down_since > RESTART_PATIENCE_S:
+        down = down_since is not None and time.monotonic() - down_since > RESTART_PATIENCE_S
+        if down or not is_open:
             raise Unavailable(
-                "the workers died and are not back yet; try again later",
+                "the workers are restarting and are not back yet; try again later",
                 code="starting",
                 retry_after=COME_BACK_S,
             )
+
+    def _accept(self, request: GenerateRequest) -> RequestHandle:
+        """Count and place a request; the I/O thread sends it. Call with the lock."""
         total = len(request.prompts) * request.n
         count = total - len(request.finished)
         if count > self._max_outstanding:
@@ -185,17 +209,18 @@ class ClusterClient:
                 f"at most {self._max_outstanding} at once; split it",
                 param="n",
             )
-        with self._lock:
-            if self._outstanding + count > self._max_outstanding:
-                raise Unavailable(
-                    f"{self._outstanding} choices are in progress, the limit is "
-                    f"{self._max_outstanding}; try again soon"
-                )
-            self._outstanding += count
-            placement = self._placement
-            owners = placement.place(total, request.finished)
+        if self._outstanding + count > self._max_outstanding:
+            raise Unavailable(
+                f"{self._outstanding} choices are in progress, the limit is "
+                f"{self._max_outstanding}; try again soon"
+            )
+        self._outstanding += count
+        owners = self._placement.place(total, request.finished)
         placed = msgspec.structs.replace(request, owners=owners)
-        handle = RequestHandle(placed, placement, self._cancel)
+        info = self._models.get(request.model)
+        handle = RequestHandle(
+            placed, self._placement, self._cancel, fingerprint=info.fingerprint if info else ""
+        )
         self._call(lambda: self._admit(handle))
         return handle
 
@@ -243,9 +268,15 @@ class ClusterClient:
                 self._event(event)
         except ProtocolError as error:
             log.error("dropped a message: %s", error)
-        for hang in self._watch.check(time.monotonic()):
+        now = time.monotonic()
+        for hang in self._watch.check(now):
             if hang.stuck:
                 self._suspicion.stuck()
+        self._hold.turn(now, self._is_idle, self._group is not None and self._group.ready)
+
+    def _is_idle(self) -> bool:
+        with self._lock:
+            return self._outstanding == 0
 
     def _end(self) -> None:
         self._stop = True
@@ -362,6 +393,9 @@ class ClusterClient:
         assert self._group is not None
         if handle.request.model not in self._models:
             self._fail(handle, "the model is no longer there")
+            return
+        if handle.fingerprint not in ("", self._models[handle.request.model].fingerprint):
+            self._fail(handle, "the weights of the model were replaced while this request ran")
             return
         with self._lock:
             owners = self._placement.place(len(handle.owners), tuple(handle.finished))

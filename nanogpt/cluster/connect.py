@@ -4,6 +4,7 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from nanogpt.cluster.client import ClusterClient, ClusterStatus
+from nanogpt.cluster.hold import Hold
 from nanogpt.cluster.transport import FrontEndSockets
 from nanogpt.cluster.watch import Watch
 from nanogpt.config import ServeConfig
@@ -31,6 +32,7 @@ def connect(
         on_ready=on_ready,
         on_orphaned=on_orphaned,
         owner_pid=owner_pid,
+        hold=Hold(run_dir.is_reload_asked, run_dir.set_held, config.http.drain_s),
     )
     client.start()
     return client

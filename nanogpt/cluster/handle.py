@@ -30,10 +30,12 @@ class RequestHandle:
         request: GenerateRequest,
         placement: Placement,
         cancel: Callable[["RequestHandle", int | None], None],
+        fingerprint: str = "",
     ) -> None:
         count = len(request.prompts) * request.n
         self.request = request
         self.placement = placement  # where the load of its choices is counted
+        self.fingerprint = fingerprint  # of the weights that it is for
         self._cancel = cancel
         self._hand_over = threading.Lock()
         self._sink: Callable[[list[EngineEvent]], None] | None = None
