@@ -5,8 +5,11 @@ import random
 import pytest
 import torch
 
+from nanogpt.config import ServeConfig
+from nanogpt.engine import setup
 from nanogpt.engine.cpu.library import load_kernels
 from nanogpt.engine.engine import Engine
+from nanogpt.errors import StartupError
 from nanogpt.model.load import LoadedModel
 from nanogpt.request import GenerateRequest
 from tests.engine_utils import VOCAB_SIZE, model_info, request, run_all
@@ -60,3 +63,13 @@ def test_int8_is_another_network() -> None:
     subject = request("subject", prompt, temperature=0.0, max_tokens=5, logprobs=1)
     exact, rounded = (run_all(engine_of(d), subject).logprobs for d in ("float32", "int8"))
     assert exact["subject", 0] != rounded["subject", 0]
+
+
+def test_int8_needs_a_cpu_and_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, cpu = ServeConfig(dtype="int8"), torch.device("cpu")
+    assert not isinstance(setup.choose_dtype(config, cpu), torch.dtype)  # by what the file has
+    with pytest.raises(StartupError, match="int8 is for CPUs"):
+        setup.choose_dtype(config, torch.device("cuda"))
+    monkeypatch.setattr(setup, "load_kernels", lambda: False)
+    with pytest.raises(StartupError, match=r"nanogpt\.engine\.cpu\.build says why"):
+        setup.choose_dtype(config, cpu)
