@@ -49,9 +49,7 @@ def serve(config: ServeConfig, ranks: Ranks, run_dir: RunDir, life: respawn.Life
             broadcast,
             lead,
             config.cluster.heartbeat_s,
-            before=life.before,
-            on_joined=life.join,
-            on_progress=life.mark,
+            life,
         )
         while True:
             loop.turn()
@@ -89,6 +87,7 @@ class Parent:
         owner = int(os.environ.get(OWNER_VARIABLE, os.getppid()))
         self._keeper = FrontEndKeeper(run_dir, argv, owner) if ranks.rank == 0 else None
         self._life = respawn.Life()
+        self._patience = respawn.Patience(config.cluster.stuck_s, config.cluster.watchdog_s)
         self._departure = Departure(
             lambda: self._life.has_group, self._front_end, config.http.drain_s
         )
@@ -110,7 +109,7 @@ class Parent:
 
     def keep_alive(self) -> int:
         try:
-            return respawn.keep_alive(self._life, self._work, self.tick)
+            return respawn.keep_alive(self._life, self._patience, self._work, self.tick)
         finally:
             self._departure.finish()
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from nanogpt.cluster import client as cluster_client
 from nanogpt.cluster.client import ClusterClient
 from nanogpt.cluster.messages import Submit
+from nanogpt.cluster.respawn import OUT_OF_MEMORY, STUCK
 from nanogpt.cluster.suspicion import PEER_LOST, Suspicion, is_fault, is_suspect
 from nanogpt.cluster.transport import FrontEndSockets
 from nanogpt.cluster.watch import Watch
@@ -34,6 +35,8 @@ class Request:
 def test_what_is_a_ranks_own_fault():
     assert is_fault(1)
     assert is_fault(-signal.SIGSEGV)
+    assert is_fault(OUT_OF_MEMORY)
+    assert is_fault(STUCK)
     assert not any(map(is_fault, (0, PEER_LOST, KILL, -signal.SIGTERM)))
 
 
@@ -42,14 +45,6 @@ def test_two_faults_alone_are_guilt():
     for expected in (None, request):
         suspicion.died([request])
         assert suspicion.judge([FAULT, PEER_LOST]) is expected
-
-
-def test_a_stuck_step_is_a_fault_though_it_ends_with_a_kill():
-    suspicion, request = Suspicion(), Request()
-    for expected in (None, request):
-        suspicion.died([request])
-        suspicion.stuck()
-        assert suspicion.judge([KILL]) is expected
 
 
 def test_kills_convict_only_after_ten_without_a_token():
@@ -114,7 +109,7 @@ def endpoints(tmp_path):
 def client(endpoints, ready):
     client = ClusterClient(
         lambda: FrontEndSockets(*endpoints),
-        watch=Watch(watchdog_s=60, stuck_s=60),
+        watch=Watch(watchdog_s=60),
         max_outstanding=8,
         on_ready=lambda status, models: ready.release(),
     )

@@ -269,9 +269,7 @@ class ClusterClient:
         except ProtocolError as error:
             log.error("dropped a message: %s", error)
         now = time.monotonic()
-        for hang in self._watch.check(now):
-            if hang.stuck:
-                self._suspicion.stuck()
+        self._watch.check(now)
         self._hold.turn(now, self._is_idle, self._group is not None and self._group.ready)
 
     def _is_idle(self) -> bool:
@@ -328,7 +326,7 @@ class ClusterClient:
         if isinstance(message, EventBatch):
             self._deliver(message)
         elif isinstance(message, Beat):
-            self._watch.beat(message.rank, message.idle_s, time.monotonic())
+            self._watch.beat(message.rank, time.monotonic())
             self._stats[message.rank] = message.stats
         else:
             self._join(group, message)

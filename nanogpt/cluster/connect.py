@@ -27,7 +27,7 @@ def connect(
         remote_host = urlsplit(f"//{config.rdzv_endpoint}").hostname or ""
     client = ClusterClient(
         lambda: FrontEndSockets(run_dir.control, run_dir.events, remote_host),
-        watch=Watch(watchdog_s=config.cluster.watchdog_s, stuck_s=config.cluster.stuck_s),
+        watch=Watch(watchdog_s=config.cluster.watchdog_s),
         max_outstanding=config.cluster.max_outstanding,
         on_ready=on_ready,
         on_orphaned=on_orphaned,

@@ -1,7 +1,6 @@
 """Each rank's heartbeat: a thread that tells the front end that the process is alive."""
 
 import threading
-import time
 from collections.abc import Callable
 
 from nanogpt.cluster.messages import Beat, Welcome
@@ -10,7 +9,7 @@ from nanogpt.request import EngineStats
 
 
 class Heart:
-    """Beats for one epoch. The engine loop calls `turn` each time round."""
+    """Beats for one epoch."""
 
     def __init__(
         self,
@@ -22,13 +21,9 @@ class Heart:
     ) -> None:
         self._welcome, self._rank, self._is_local = welcome, rank, is_local
         self._interval_s, self._stats = interval_s, stats
-        self._turned = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
         self._thread.start()
-
-    def turn(self) -> None:
-        self._turned = time.monotonic()
 
     def stop(self) -> None:
         self._stop.set()
@@ -37,7 +32,6 @@ class Heart:
     def _run(self) -> None:
         link = EventLink(self._welcome, self._is_local)
         while not self._stop.is_set():
-            idle_s = time.monotonic() - self._turned
-            link.send(Beat(self._welcome.epoch, self._rank, idle_s, self._stats()))
+            link.send(Beat(self._welcome.epoch, self._rank, self._stats()))
             self._stop.wait(self._interval_s)
         link.close()

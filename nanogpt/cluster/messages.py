@@ -138,14 +138,11 @@ class EventBatch(Message, frozen=True):
 
 
 class Beat(Message, frozen=True):
-    """Sent each second by a thread of its own: the process is alive, and how its loop is doing.
-
-    `idle_s` is the time since the engine loop last turned: it grows while a step is stuck.
-    """
+    """Sent each second by a thread of its own: the process is alive. Whether its loop turns is for
+    its parent to see (respawn.py)."""
 
     epoch: int
     rank: int
-    idle_s: float
     stats: tuple[EngineStats, ...] = ()
 
 

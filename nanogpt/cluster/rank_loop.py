@@ -3,13 +3,14 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 from nanogpt.cluster.broadcast import Broadcast
 from nanogpt.cluster.heart import Heart
 from nanogpt.cluster.lead import Lead
 from nanogpt.cluster.messages import Cancel, Decoder, EventBatch, Frame, RankReady, Submit, Welcome
+from nanogpt.cluster.respawn import Life
 from nanogpt.cluster.transport import EventLink
 from nanogpt.ranks import Ranks
 from nanogpt.request import EngineEvent, EngineStats, GenerateRequest, RequestFailed
@@ -44,16 +45,11 @@ class RankLoop:
         broadcast: Broadcast,
         lead: Lead | None,
         heartbeat_s: float,
-        *,
-        before: int = 0,
-        on_joined: Callable[[], None] = lambda: None,
-        on_progress: Callable[[], None] = lambda: None,
+        life: Life | None = None,
     ) -> None:
-        """`before`: how the process ended whose place this one took (see RankReady);
-        `on_joined` is called when an epoch begins, `on_progress` whenever this rank has brought
-        something forth."""
+        """`life` is what this rank's parent and it tell each other."""
         self._ranks, self._engines, self._broadcast = ranks, engines, broadcast
-        self._before, self._on_joined, self._on_progress = before, on_joined, on_progress
+        self._life = life or Life()
         self._lead, self._heartbeat_s = lead, heartbeat_s
         self._decode: Decoder[Frame] = Decoder(Frame)
         self._epoch = 0
@@ -78,8 +74,7 @@ class RankLoop:
             self._step()
         elif not self._lead and not payloads:
             time.sleep(IDLE_POLL_S)
-        if self._heart:
-            self._heart.turn()
+        self._life.turn()
 
     def _apply(self, command: Welcome | Submit | Cancel) -> None:
         if isinstance(command, Welcome):
@@ -108,8 +103,10 @@ class RankLoop:
         )
         self._publish_stats()
         ranks = self._ranks
-        self._link.send(RankReady(self._epoch, ranks.rank, ranks.node, os.getpid(), self._before))
-        self._on_joined()
+        self._link.send(
+            RankReady(self._epoch, ranks.rank, ranks.node, os.getpid(), self._life.before)
+        )
+        self._life.join()
         log.info("joined epoch %d", self._epoch)
 
     def _submit(self, request: GenerateRequest) -> None:
@@ -135,7 +132,7 @@ class RankLoop:
     def _send(self, events: list[EngineEvent]) -> None:
         if self._link and events:
             self._link.send(EventBatch.of(self._epoch, self._ranks.rank, events))
-            self._on_progress()
+            self._life.mark()
 
     def _publish_stats(self) -> None:
         self._stats_at = time.monotonic()

@@ -4,6 +4,9 @@ dies.
 Importing torch takes longer than all else that a rank does before its first token, so a rank is
 not started from nothing after a crash, but forked from a process that never does anything else:
 it has no threads and no sockets. torchrun watches this parent, and starts both anew if it dies.
+
+The parent also kills a child that hangs: one whose loop does not turn, or that a signal has
+stopped. The front end's watch (watch.py) is for what no parent sees: a machine that went silent.
 """
 
 import gc
@@ -12,9 +15,11 @@ import mmap
 import os
 import select
 import signal
+import struct
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from nanogpt import process
 
@@ -26,7 +31,17 @@ FREE_DEATHS = 3
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 MOST_DEATHS = 10  # then everything starts from nothing, should the fault be in this process
 NO_USE = 2  # exit code of a rank that another one would share
-OUT_OF_MEMORY = 137  # stands for a SIGKILL that came from the kernel for want of memory
+# They stand for a SIGKILL: of the kernel for want of memory, and of the parent for a hang.
+OUT_OF_MEMORY, STUCK = 137, 124
+
+_TIME = struct.Struct("d")
+
+
+class Patience(NamedTuple):
+    """Seconds after which a child is killed: with a loop that does not turn, and stopped."""
+
+    stuck_s: float
+    stopped_s: float
 
 
 class Life:
@@ -34,7 +49,8 @@ class Life:
     exit code or the negative number of a signal; 0 for the first."""
 
     def __init__(self) -> None:
-        self._shared = mmap.mmap(-1, 2)  # that the child was of use; that it is in a group
+        # That the child was of use; that it is in a group; from byte 8 on, when its loop turned.
+        self._shared = mmap.mmap(-1, 16)
         self.before = 0
 
     def mark(self) -> None:
@@ -54,9 +70,19 @@ class Life:
     def has_group(self) -> bool:
         return self._shared[1] == 1
 
+    def turn(self) -> None:
+        """The child's loop turns."""
+        _TIME.pack_into(self._shared, 8, time.monotonic())
+
+    def idle_s(self) -> float:
+        """Seconds since it last did; 0 before it did at all."""
+        turned: float = _TIME.unpack_from(self._shared, 8)[0]
+        return time.monotonic() - turned if turned else 0.0
+
     def begin(self) -> None:
         """Another child is about to start."""
         self._shared[1] = 0
+        _TIME.pack_into(self._shared, 8, 0.0)
 
 
 def pause_after(deaths: int) -> float:
@@ -65,7 +91,9 @@ def pause_after(deaths: int) -> float:
     return 0.0 if extra <= 0 else min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (extra - 1))
 
 
-def keep_alive(life: Life, work: Callable[[], int], tick: Callable[[], bool]) -> int:
+def keep_alive(
+    life: Life, patience: Patience, work: Callable[[], int], tick: Callable[[], bool]
+) -> int:
     """Run `work` in a forked child, again and again. `tick` is called twice a second meanwhile, and
     says whether it is time to go; a child that is left dies with this process.
 
@@ -75,7 +103,7 @@ def keep_alive(life: Life, work: Callable[[], int], tick: Callable[[], bool]) ->
     gc.freeze()  # what is here stays: a collection in the child must not copy its pages
     deaths = 0
     while True:
-        code = _run(life, work, tick)
+        code = _run(life, patience, work, tick)
         if code is None:
             return 0
         if code == NO_USE:
@@ -97,7 +125,9 @@ def keep_alive(life: Life, work: Callable[[], int], tick: Callable[[], bool]) ->
             time.sleep(min(TICK_S, max(0.0, end - time.monotonic())))
 
 
-def _run(life: Life, work: Callable[[], int], tick: Callable[[], bool]) -> int | None:
+def _run(
+    life: Life, patience: Patience, work: Callable[[], int], tick: Callable[[], bool]
+) -> int | None:
     """One child, from fork to end; its exit code, or the negative number of its signal. None when
     it is time to go."""
     life.begin()
@@ -116,7 +146,8 @@ def _run(life: Life, work: Callable[[], int], tick: Callable[[], bool]) -> int |
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    oom_kills = process.oom_kills()
+    oom_kills, stuck = process.oom_kills(), False
+    running_at = time.monotonic()  # when it was last seen to be not stopped
     pidfd = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
@@ -124,8 +155,17 @@ def _run(life: Life, work: Callable[[], int], tick: Callable[[], bool]) -> int |
         while not poll.poll(TICK_S * 1000):
             if tick():
                 return None
+            now = time.monotonic()
+            if not process.is_stopped(pid):
+                running_at = now
+            stuck = life.idle_s() > patience.stuck_s
+            if stuck or now - running_at > patience.stopped_s:
+                log.error("the rank hangs (%s): killed", "in a step" if stuck else "stopped")
+                process.kill(pidfd)
+                poll.poll()
     finally:
         os.close(pidfd)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    was_oom = code == -signal.SIGKILL and process.oom_kills() > oom_kills
-    return OUT_OF_MEMORY if was_oom else code
+    if code == -signal.SIGKILL and process.oom_kills() > oom_kills:
+        return OUT_OF_MEMORY
+    return STUCK if code == -signal.SIGKILL and stuck else code

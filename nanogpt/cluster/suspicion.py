@@ -55,11 +55,6 @@ class Suspicion:
 
     def __init__(self) -> None:
         self._present: list[Accused] = []
-        self._stuck = False
-
-    def stuck(self) -> None:
-        """A rank's step did not end: it is killed, but was at fault."""
-        self._stuck = True
 
     def died(self, present: Iterable[Accused]) -> None:
         """A group is dead that had these requests."""
@@ -68,8 +63,8 @@ class Suspicion:
     def judge(self, ends: Collection[int]) -> Accused | None:
         """The guilty one, if there is one, once it is known how the ranks ended."""
         present = [request for request in self._present if not request.done]
-        fault = self._stuck or any(map(is_fault, ends))
-        self._present, self._stuck = [], False
+        fault = any(map(is_fault, ends))
+        self._present = []
         for request in present:
             request.blame += FAULT if fault else KILL
         if len(present) == 1 and is_suspect(present[0]):
