@@ -319,3 +319,26 @@ def is_ready(url: str) -> bool:
         return httpx.get(f"{url}/ready").status_code == 200
     except httpx.HTTPError:
         return False
+
+
+def test_an_idle_group_notices_a_death_at_once(fragile):
+    """gloo tells rank 0 nothing while it has nothing to send: the group stayed dead, unnoticed,
+    until the next request."""
+    wait_until(lambda: len(fragile.ranks()) == 2)
+    before = {p.pid for p in fragile.ranks()}
+    fragile.ranks()[1].kill()
+    wait_until(lambda: len({p.pid for p in fragile.ranks()} - before) == 2, 10)
+
+
+def test_a_cluster_thread_that_fails_ends_its_process():
+    """Else every request would wait for ever, with /health as green as before."""
+    code = (
+        "from nanogpt.cluster.client import ClusterClient\n"
+        "from nanogpt.cluster.watch import Watch\n"
+        "def sockets(): raise RuntimeError('why')\n"
+        "client = ClusterClient(sockets, watch=Watch(watchdog_s=9), max_outstanding=1)\n"
+        "client.start()\n"
+        "import time; time.sleep(30)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=20)
+    assert done.returncode == -signal.SIGKILL

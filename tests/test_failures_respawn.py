@@ -32,6 +32,8 @@ SCRIPT = """
 import os, signal, sys, time
 from nanogpt.cluster import respawn
 respawn.MOST_DEATHS = 3
+if "oom" in sys.argv[2]:
+    respawn.process.oom_kills = iter(range(99)).__next__
 life = respawn.Life()
 def work():
     with open(sys.argv[1], "a") as file:
@@ -41,6 +43,8 @@ def work():
     if act == "token":
         life.mark()
         return 1
+    if act == "2 if oom":
+        return 2 if life.before == respawn.OUT_OF_MEMORY else 1
     if act == "2 if stuck":
         return 2 if life.before == respawn.STUCK else 1
     if act == "hang":
@@ -90,6 +94,11 @@ def test_a_loop_that_does_not_turn_is_ended_and_known_as_a_fault(tmp_path):
 
 def test_a_stopped_child_is_ended_and_no_fault(tmp_path):
     assert run_children(tmp_path, "stop,2 if killed") == (2, 2)
+
+
+def test_a_kill_for_want_of_memory_is_a_fault(tmp_path):
+    """The kernel counts its kills; an operator's has the same signal, and must cost nothing."""
+    assert run_children(tmp_path, "signal9,2 if oom") == (2, 2)
 
 
 def test_child_dies_with_its_parent(tmp_path):

@@ -235,17 +235,21 @@ class ClusterClient:
     # The I/O thread
 
     def _run(self) -> None:
-        self._sockets = self._make_sockets()
-        self._sockets.watch(self._wake)
-        if self._owner_fd is not None:
-            self._sockets.watch(self._owner_fd)
         try:
-            while not self._stop:
-                self._turn(self._sockets.poll(500))
+            self._loop()
         except BaseException:
             # Without this thread nobody would ever be answered: end, so that the master notices.
             log.critical("the cluster thread failed", exc_info=True)
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def _loop(self) -> None:
+        self._sockets = self._make_sockets()
+        try:
+            self._sockets.watch(self._wake)
+            if self._owner_fd is not None:
+                self._sockets.watch(self._owner_fd)
+            while not self._stop:
+                self._turn(self._sockets.poll(500))
         finally:
             self._sockets.close()
 
