@@ -200,8 +200,12 @@ class Runner:
             return
         # Without room for all lanes the wait is short: room may be made at any moment.
         job = self._store.claim(last, self._lease_s, CLAIM_S if last is Lane.BATCH else CLAIM_S / 4)
-        if job is not None:
+        if job is None:
+            return
+        if self._claiming:
             self._begin(job)
+        else:  # the drain began while this waited
+            self._store.renew({job.id: job.fence}, 0.0)
 
     def _last_lane(self) -> Lane | None:
         """The last lane that there is room for. Those for which somebody waits are never held up
