@@ -47,6 +47,9 @@ def work():
         return 2 if life.before == respawn.OUT_OF_MEMORY else 1
     if act == "2 if stuck":
         return 2 if life.before == respawn.STUCK else 1
+    if act.startswith("joined"):
+        life.join()
+        act = act.removeprefix("joined")
     if act == "hang":
         life.turn()
         time.sleep(60)
@@ -99,6 +102,16 @@ def test_a_stopped_child_is_ended_and_no_fault(tmp_path):
 def test_a_kill_for_want_of_memory_is_a_fault(tmp_path):
     """The kernel counts its kills; an operator's has the same signal, and must cost nothing."""
     assert run_children(tmp_path, "signal9,2 if oom") == (2, 2)
+
+
+def test_kills_of_a_rank_that_was_well_are_no_reason_to_wait(tmp_path):
+    """An idle cluster that was killed again and again came back later and later: found by the
+    chaos command."""
+    assert run_children(tmp_path, ",".join(["joinedsignal9"] * 8 + ["2"])) == (2, 9)
+
+
+def test_a_rank_that_crashes_by_itself_is_a_reason_to_wait(tmp_path):
+    assert run_children(tmp_path, ",".join(["joinedsignal11"] * 9)) == (1, 4)
 
 
 def test_child_dies_with_its_parent(tmp_path):

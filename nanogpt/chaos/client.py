@@ -12,7 +12,7 @@ from nanogpt.chaos.history import Asked, Behaviour, Chunk, Outcome
 from nanogpt.chaos.load import streamed
 
 PATIENCE_S = 180.0  # without a byte; a stream is pinged each second
-DAWDLE_S = 0.15  # a slow reader's pause after each event
+DAWDLE_S, DAWDLE_TIMES = 0.15, 30  # a slow reader's pause after each event, and how many it makes
 SMALL_BUFFER = 4096  # bytes that a slow reader lets the kernel hold for it
 
 
@@ -94,7 +94,7 @@ def _follow(
         on_tokens()
         if leave_after is not None and len(seen.chunks) > leave_after:
             return "left"
-        if behaviour == "dawdles":
+        if behaviour == "dawdles" and len(seen.chunks) <= DAWDLE_TIMES:
             time.sleep(DAWDLE_S)
     raise http.client.IncompleteRead(b"")
 

@@ -22,11 +22,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from nanogpt import process
+from nanogpt.cluster.suspicion import is_fault
 
 log = logging.getLogger(__name__)
 
 TICK_S = 0.5
-# Deaths in a row without a token in between: the first are bad luck, more a reason to wait.
+# Deaths in a row, at the start or by a fault, without a token in between: the first are bad luck,
+# more are a reason to wait.
 FREE_DEATHS = 3
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 MOST_DEATHS = 10  # then everything starts from nothing, should the fault be in this process
@@ -109,9 +111,11 @@ def keep_alive(
         if code == NO_USE:
             return code
         life.before = code
-        deaths = 1 if life.take() else deaths + 1
+        # One that was ready, and was killed, is nobody's fault: operators may do so all day.
+        was_well = life.has_group and not is_fault(code)
+        deaths = 1 if life.take() or was_well else deaths + 1
         if deaths > MOST_DEATHS:
-            log.error("%d ranks in a row died before their first token: starting anew", deaths)
+            log.error("%d ranks in a row came to nothing: starting anew", deaths)
             return 1
         pause = pause_after(deaths)
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
