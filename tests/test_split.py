@@ -17,7 +17,9 @@ from tests.server import Server
 
 MODEL = "shakespeare-char"
 PROMPT = "ROMEO:"
-LONG = 150  # tokens: seconds of generation
+LONG = 150  # tokens
+# Each token past the context takes a prompt's time: seconds of generation, on any machine.
+SLIDING = {"max_tokens": 450, "extra_body": {"past_context": "crop"}}
 KEY = "k" * 24
 WAIT_S = 90  # a busy machine may take long; a test never waits for this when all is well
 
@@ -114,7 +116,7 @@ def test_the_web_server_has_no_torch(split):
 def test_whole_and_streamed_are_the_same(split, text):
     assert len(text) == LONG
     pieces = list(split.stream())
-    assert len(pieces) > 10
+    assert len(pieces) > 2  # a quick machine puts many tokens into a piece
     assert "".join(pieces) == text
 
 
@@ -233,9 +235,10 @@ def test_a_stream_outlives_its_redis(split, text):
     assert split.whole(max_tokens=10) == text[:10]
 
 
-def test_a_cluster_that_is_killed_loses_nothing(split, text):
+def test_a_cluster_that_is_killed_loses_nothing(split):
     """Mid-stream: another one goes on from the tokens that the client has."""
-    pieces = split.stream()
+    text = split.whole(**SLIDING)
+    pieces = split.stream(**SLIDING)
     got = [next(pieces)]
     kill(split.holder())
     got += pieces
