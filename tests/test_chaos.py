@@ -8,10 +8,11 @@ import sys
 import msgspec
 import pytest
 
-from nanogpt.chaos import load, report
+from nanogpt.chaos import load, processes, report
 from nanogpt.chaos.check import Books, violations
 from nanogpt.chaos.history import Asked, Chunk, Ended, Expected, Fault, History, Sample, read
 from tests.server import ROOT
+from tests.test_e2e import wait_until
 
 IDS = list(range(10, 22))
 TEXT = "abcdefghijkl"
@@ -195,3 +196,17 @@ def test_a_short_run_loses_nothing(tmp_path):
     assert result["violations"] == 0
     assert set(result["by_fault"]) == set(kinds.split(","))
     assert result["outcomes"]["complete"] > 10
+
+
+def test_a_run_that_is_killed_takes_its_cluster_with_it(tmp_path):
+    run = subprocess.Popen(
+        [sys.executable, "-m", "nanogpt.chaos", "idle", "--directory", str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    mark = f"NANOGPT_RUN_DIR={tmp_path / 'run'}"
+    wait_until(lambda: len(processes.holding(mark)) >= 3, 60)
+    run.kill()
+    run.wait()
+    wait_until(lambda: not processes.holding(mark), 60)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from nanogpt import process
 from nanogpt.chaos import processes
 from nanogpt.chaos.processes import Member
 from nanogpt.config import PROJECT
@@ -55,6 +56,8 @@ class ChaosCluster:
         self._launcher: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        """Call from the main thread: the cluster ends with the thread that started it."""
+        me = os.getpid()
         with self.log.open("ab") as log:
             self._launcher = subprocess.Popen(
                 self._command,
@@ -64,6 +67,7 @@ class ChaosCluster:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C ends the run first, and then the cluster
+                preexec_fn=lambda: process.die_with_parent(me, signal.SIGTERM),
             )
 
     @property
