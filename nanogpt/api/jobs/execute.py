@@ -9,16 +9,15 @@ from nanogpt.api.assemble import Assembler
 from nanogpt.api.backend import Cluster, Handle
 from nanogpt.api.catalogue import system_fingerprint
 from nanogpt.api.errors import ClientGone
-from nanogpt.api.exchange import Exchange
 from nanogpt.api.jobs import outcome
 from nanogpt.api.jobs.generated import Generated
+from nanogpt.api.jobs.unattended import generate
 from nanogpt.api.metrics import Metrics
 from nanogpt.api.plan import Plan, find_model, make_plan
 from nanogpt.api.response import Collected
 from nanogpt.api.response import encode as to_json
 from nanogpt.errors import ServerError
 from nanogpt.jobs.runner import Lease
-from nanogpt.jobs.store import StoreUnavailable
 from nanogpt.request import EngineEvent
 from nanogpt.tokenizer import Tokenizer
 
@@ -60,25 +59,18 @@ class CompletionExecutor:
 
     def _generate(self, lease: Lease, text: "Text") -> bool:
         """False when it was cancelled."""
-        handle = self._cluster.submit(text.remaining(lease.job.fence))
-        exchange = Exchange(
-            text.plan,
-            _Keeper(handle, lease, text),
-            text.assembler,
-            self._metrics,
-            started=time.monotonic(),
-            is_client_gone=lambda: _is_cancelled(lease),
-            must_end=lambda: False,  # the lease says when
-            on_close=lambda prompt_tokens, completion_tokens: None,
-            queue_timeout_s=float("inf"),
-        )
+        handle = _Keeper(self._cluster.submit(text.remaining(lease.job.fence)), lease, text)
         try:
-            for deltas in exchange.deltas():
-                text.collected.add(deltas or ())
+            generate(
+                text.plan,
+                handle,
+                text.assembler,
+                text.collected,
+                self._metrics,
+                lambda: _is_cancelled(lease),
+            )
         except ClientGone:
             return False
-        finally:
-            exchange.close()
         return True
 
 
@@ -111,12 +103,14 @@ class Text(Generated):
     """A completion as far as it has come: what was kept, and on top of it what is not yet."""
 
     def __init__(self, plan: Plan, tokenizer: Tokenizer, records: Sequence[bytes] = ()) -> None:
-        super().__init__(plan.request, records)
+        super().__init__(plan.request)
         self.plan = plan
         self.assembler = Assembler(plan, tokenizer)
         self.collected = Collected(plan)
         for record in records:
-            deltas, _ = self.assembler.feed(outcome.progress(record).events)
+            events = outcome.progress(record).events
+            self._count(events)
+            deltas, _ = self.assembler.feed(events)
             self.collected.add(deltas)
 
     def finished(self) -> list[int]:
@@ -161,14 +155,9 @@ class _Keeper:
         return self._text.accept(self._handle.events(timeout))
 
     def _keep(self) -> None:
-        try:
-            self._lease.append(self._text.unkept())
-        except StoreUnavailable:
-            self._keep_at = time.monotonic() + RETRY_S
-            return
-        self._text.mark_kept()
-        self._keep_at = time.monotonic() + self._interval
-        if self._lease.cancelled:
+        kept = self._text.keep(self._lease)
+        self._keep_at = time.monotonic() + (self._interval if kept else RETRY_S)
+        if kept and self._lease.cancelled:
             raise ClientGone
 
     def cancel(self, index: int | None = None) -> None:

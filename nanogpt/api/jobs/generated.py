@@ -7,6 +7,8 @@ import msgspec
 
 from nanogpt.api.jobs import outcome
 from nanogpt.api.jobs.outcome import Progress
+from nanogpt.jobs.runner import Lease
+from nanogpt.jobs.store import StoreUnavailable
 from nanogpt.request import EngineEvent, GenerateRequest, PromptScored, RequestFailed, TokenEvent
 
 
@@ -71,8 +73,14 @@ class Generated:
         """What is not kept yet, as one record; or none."""
         return [outcome.encode(Progress.of(self._fresh))] if self._fresh else []
 
-    def mark_kept(self) -> None:
+    def keep(self, lease: Lease) -> bool:
+        """Have it kept; False when the store is not there now. Raises LeaseLost."""
+        try:
+            lease.append(self.unkept())
+        except StoreUnavailable:
+            return False
         self._fresh = []
+        return True
 
     def remaining(self, fence: int) -> GenerateRequest:
         """What the engines still have to do."""

@@ -12,8 +12,8 @@ from nanogpt.api.assemble import Assembler
 from nanogpt.api.backend import Cluster, Handle
 from nanogpt.api.caller import Caller
 from nanogpt.api.errors import ClientGone
-from nanogpt.api.exchange import Exchange
 from nanogpt.api.jobs.completions import BATCH_PRIORITY, behind
+from nanogpt.api.jobs.unattended import generate
 from nanogpt.api.metrics import Metrics
 from nanogpt.api.plan import Plan, find_model, make_plan, real_name
 from nanogpt.api.protocol import CompletionRequest, parse_completion, prompt_count
@@ -105,8 +105,13 @@ class LineRunner:
             BATCH_PRIORITY,
         )
         caller.admit_line(plan)
-        assembler = Assembler(plan, tokenizer)
-        return self._generate(plan, assembler, self._submit(plan, stopped), stopped)
+        assembler, collected = Assembler(plan, tokenizer), Collected(plan)
+        handle = self._submit(plan, stopped)
+        try:
+            generate(plan, handle, assembler, collected, self._metrics, stopped)
+        except ClientGone:
+            raise Stopped from None
+        return encode(collected.completion(assembler, assembler.best(plan.completion.n)))
 
     def _submit(self, plan: Plan, stopped: Callable[[], bool]) -> Handle:
         while True:
@@ -116,30 +121,6 @@ class LineRunner:
                 if stopped():
                     raise Stopped from None
                 time.sleep(RETRY_S)
-
-    def _generate(
-        self, plan: Plan, assembler: Assembler, handle: Handle, stopped: Callable[[], bool]
-    ) -> bytes:
-        exchange = Exchange(
-            plan,
-            handle,
-            assembler,
-            self._metrics,
-            started=time.monotonic(),
-            is_client_gone=stopped,
-            must_end=lambda: False,
-            on_close=lambda prompt_tokens, completion_tokens: None,
-            queue_timeout_s=float("inf"),
-        )
-        collected = Collected(plan)
-        try:
-            for deltas in exchange.deltas():
-                collected.add(deltas or ())
-        except ClientGone:
-            raise Stopped from None
-        finally:
-            exchange.close()
-        return encode(collected.completion(assembler, assembler.best(plan.completion.n)))
 
 
 def choices(request: CompletionRequest) -> int:

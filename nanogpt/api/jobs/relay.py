@@ -8,7 +8,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import msgspec
 
@@ -49,8 +48,8 @@ def choices(job: Job) -> int:
 
 def failed(error: Exception) -> bytes:
     """The result of a job that ended in an error."""
-    known = isinstance(error, ApiError)
-    return (error.message if known else f"the cluster failed: {error}").encode()  # type: ignore[attr-defined]
+    message = error.message if isinstance(error, ApiError) else f"the cluster failed: {error}"
+    return message.encode()
 
 
 class RelayExecutor:
@@ -88,7 +87,7 @@ class RelayExecutor:
                     lease.check()
                     look_at = now + LOOK_S
                 if so_far.has_unkept and now >= keep_at:
-                    keep_at = now + (STREAM_FLUSH_S if _keep(lease, so_far) else RETRY_S)
+                    keep_at = now + (STREAM_FLUSH_S if so_far.keep(lease) else RETRY_S)
                 wait = max(0.0, keep_at - now) if so_far.has_unkept else LOOK_S
                 for event in so_far.accept(handle.events(wait)):
                     if isinstance(event, RequestFailed):
@@ -96,15 +95,6 @@ class RelayExecutor:
         finally:
             if not so_far.done:
                 handle.cancel()
-
-
-def _keep(lease: Lease, so_far: Generated) -> bool:
-    try:
-        lease.append(so_far.unkept())
-    except StoreUnavailable:
-        return False
-    so_far.mark_kept()
-    return True
 
 
 class RelayHandle:
@@ -170,7 +160,14 @@ class RelayHandle:
 
 def submit(store: Store, request: GenerateRequest, info: ModelInfo, now: float) -> RelayHandle:
     """Have some cluster generate it. Raises Unavailable."""
-    fields: dict[str, Any] = {"kind": "generate", "owner": "", "lane": Lane.NOW}
-    relayed = _encode(Relayed(request, system_fingerprint(info)))
-    store.put(Job(id=request.request_id, request=relayed, created=now, keep_s=KEEP_S, **fields))
+    job = Job(
+        id=request.request_id,
+        kind="generate",
+        owner="",
+        created=now,
+        request=_encode(Relayed(request, system_fingerprint(info))),
+        keep_s=KEEP_S,
+        lane=Lane.NOW,
+    )
+    store.put(job)
     return RelayHandle(store, request)
