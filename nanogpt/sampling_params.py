@@ -34,3 +34,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def is_filtered(self) -> bool:
+        """Some tokens are left out before one is drawn."""
+        return bool(self.top_k or self.top_p < 1 or self.min_p)
+
+    @property
+    def is_penalised(self) -> bool:
+        """Tokens that were there before weigh otherwise."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)

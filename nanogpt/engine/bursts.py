@@ -129,7 +129,6 @@ class Bursts:
 def is_plain(seq: Sequence) -> bool:
     """Its tokens take no more than a temperature, and nothing but tokens is reported."""
     p = seq.params
-    is_filtered = p.top_k or p.top_p < 1 or p.min_p
-    is_penalised = p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1
-    has_rules = is_penalised or p.logit_bias or p.min_tokens
-    return not (seq.may_slide or seq.scoring or is_filtered or has_rules or p.logprobs is not None)
+    has_rules = p.is_penalised or p.logit_bias or p.min_tokens
+    reports = seq.scoring or p.logprobs is not None
+    return not (seq.may_slide or p.is_filtered or has_rules or reports)

@@ -1,7 +1,7 @@
 """Decode steps without the host: what a step brings forth is what the next one starts from.
 
 A step reads and writes static tensors only, so a GPU can record it once for a number of rows and
-then repeat it (see cuda/graph.py), many times without anybody on the host looking:
+then repeat it (see cuda/graphs.py), many times without anybody on the host looking:
 
     token_ids, positions ──► network ──► logits ──► a token for each row ──► token_ids
     block_tables, limits       │                      │                      positions + 1

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nanogpt.engine.sequence import Sequence
 from nanogpt.engine.token_counts import TokenCounts
+from nanogpt.engine.transfer import to_device
 
 
 class LogitRules:
@@ -20,7 +21,7 @@ class LogitRules:
         self, seqs: list[Sequence], eos_token_id: int | None, device: torch.device
     ) -> None:
         self._device, self._eos_token_id = device, eos_token_id
-        self._penalised = [(row, seq) for row, seq in enumerate(seqs) if _has_penalty(seq)]
+        self._penalised = [(row, seq) for row, seq in enumerate(seqs) if seq.params.is_penalised]
         self._biased = [(row, seq) for row, seq in enumerate(seqs) if seq.params.logit_bias]
         self._minimum = [(row, seq) for row, seq in enumerate(seqs) if seq.params.min_tokens]
         self.exist = bool(self._penalised or self._biased or self._minimum)
@@ -75,12 +76,7 @@ class LogitRules:
             flat[self._tensor(np.array(banned, np.int64))] = -torch.inf
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
-
-
-def _has_penalty(seq: Sequence) -> bool:
-    p = seq.params
-    return bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1)
+        return to_device(array, self._device)
 
 
 def _counts(seq: Sequence) -> TokenCounts:

@@ -60,7 +60,6 @@ class ModelRunner:
         self._model, self._device, self._info = loaded.model, device, loaded.info
         config, dtype = loaded.model.config, loaded.model.wte.weight.dtype
         self._head = self._prepare(deterministic)
-        self._num_blocks = num_kv_blocks
         # One block more, for rows that go on idly (see decode.py).
         self._cache = allocate_kv_cache(
             config, num_kv_blocks + 1, block_size, dtype, device, deterministic=deterministic
@@ -87,7 +86,7 @@ class ModelRunner:
     def run(self, batch: Batch) -> StepOutput:
         """Compute a batch. Whatever goes wrong here is the engine's end, not one request's."""
         self.copy_blocks(batch.copies)
-        hidden = self._hidden(batch)  # (N, C)
+        hidden = self._hidden(*self._inputs(batch))  # (N, C)
         if self._running:  # each row gives one token
             token_ids, logprobs = self._sampler.sample(self._head(hidden), self._running.seqs)
             return StepOutput(token_ids, logprobs, [])
@@ -126,7 +125,7 @@ class ModelRunner:
             self._logits,
             state,
             block_size=size,
-            spare_block=self._num_blocks,
+            spare_block=self._cache.num_blocks - 1,
             vocab_size=self._info.vocab_size,
         )
         buckets = power_buckets(max_rows)
@@ -137,11 +136,9 @@ class ModelRunner:
         return Decoder(step, state, buckets)
 
     def _logits(self, token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
-        attend = PagedAttend(self._cache, metadata)
-        return self._head(self._model.hidden(token_ids, metadata.positions, attend))
+        return self._head(self._hidden(token_ids, metadata))
 
-    def _hidden(self, batch: Batch) -> Tensor:
-        token_ids, metadata = self._inputs(batch)
+    def _hidden(self, token_ids: Tensor, metadata: AttentionMetadata) -> Tensor:
         attend = PagedAttend(self._cache, metadata)
         return self._model.hidden(token_ids, metadata.positions, attend)
 

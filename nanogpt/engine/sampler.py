@@ -1,5 +1,7 @@
 """Logits in, one token for each sequence out. A row's result depends on that row alone."""
 
+from functools import cached_property
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from nanogpt.engine.inverse_cdf import WIDTH, draw, keep, padded_width, shares_o
 from nanogpt.engine.logit_rules import LogitRules
 from nanogpt.engine.logprobs import Logprobs
 from nanogpt.engine.sequence import Sequence
+from nanogpt.engine.transfer import to_device
 from nanogpt.engine.uniforms import stream_key, uniforms
 from nanogpt.request import TokenLogprobs
 from nanogpt.sampling_params import SamplingParams
@@ -154,17 +157,19 @@ class _Plan:
         params = [seq.params for seq in seqs]
         self.greedy = [row for row, p in enumerate(params) if p.is_greedy]
         self.random = [row for row, p in enumerate(params) if not p.is_greedy]
-        self.is_filtered = any(p.top_k or p.top_p < 1 or p.min_p for p in params)
-        keys = [stream_key(seq.params.seed, seq.prompt_i, seq.choice_j) for seq in seqs]
-        self.keys = torch.from_numpy(
-            np.array(keys, np.uint64).view(np.int64)
-        )  # (B, 2), on the host
+        self.is_filtered = any(p.is_filtered for p in params)
         # All of these are (B,).
         scale = [scale_of(p) for p in params]
         self.scale = torch.tensor(scale, dtype=torch.float32, device=device)
         self.top_k = torch.tensor([p.top_k for p in params], dtype=torch.long, device=device)
         self.top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)
         self.min_p = torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device)
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """Of each row's stream of random numbers: (B, 2), on the host. The kernels' alone."""
+        keys = [stream_key(seq.params.seed, seq.prompt_i, seq.choice_j) for seq in self.seqs]
+        return torch.from_numpy(np.array(keys, np.uint64).view(np.int64))
 
     def positions(self) -> list[int]:
         """Where in its stream each row is."""
@@ -174,7 +179,7 @@ class _Plan:
         """The next uniform of every random row (R,), float64."""
         seqs = [self.seqs[row] for row in self.random]
         row = np.array([stream_of(seq)[seq.output_len] for seq in seqs])
-        return torch.from_numpy(row).to(self._device, non_blocking=True)
+        return to_device(row, self._device)
 
 
 def argmax(logits: Tensor) -> Tensor:
