@@ -11,7 +11,7 @@ import msgspec
 
 from nanogpt.config import PROJECT, convert, nearest, read_toml
 from nanogpt.errors import CheckpointError, ConfigError
-from nanogpt.weight_files import cached, hub_names
+from nanogpt.weight_files import cached, cached_configs, hub_names
 
 CARDS = PROJECT / "configs" / "models"
 
@@ -263,13 +263,9 @@ def _parameters(source: str) -> int | None:
         return _config_shape(path / "config.json").num_parameters()
     if path.is_file():
         return _pickled_shape(path).num_parameters()
-    from huggingface_hub import try_to_load_from_cache  # 0.3 s
-
+    for config in cached_configs(source):
+        return _config_shape(config).num_parameters()
     names = hub_names(source)
-    for name in names:
-        cached = try_to_load_from_cache(name, "config.json")
-        if isinstance(cached, str):
-            return _config_shape(Path(cached)).num_parameters()
     return next((c.parameters for c in read_cards().values() if c.hub in names), None)
 
 

@@ -1,5 +1,6 @@
 """Which files a Hugging Face GPT-2 consists of, and whether the hub's cache has them. No torch."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -54,15 +55,19 @@ def is_complete(directory: Path) -> bool:
     return all(part.exists() for part in read_index(file).values())
 
 
-def cached(name: str) -> Path | None:
-    """The directory of a model of the Hugging Face hub, when its cache has all of it; None too
-    without the hub's client, as on a web server that has no weights of its own."""
+def cached_configs(name: str) -> Iterator[Path]:
+    """config.json of a model of the Hugging Face hub, where its cache has that; nothing without
+    the hub's client, as on a web server that has no weights of its own."""
     try:
         from huggingface_hub import try_to_load_from_cache  # 0.3 s
     except ImportError:
-        return None
+        return
     for each in hub_names(name):
         config = try_to_load_from_cache(each, "config.json")
-        if isinstance(config, str) and is_complete(Path(config).parent):
-            return Path(config).parent
-    return None
+        if isinstance(config, str):
+            yield Path(config)
+
+
+def cached(name: str) -> Path | None:
+    """The directory of a model of the Hugging Face hub, when its cache has all of it."""
+    return next((c.parent for c in cached_configs(name) if is_complete(c.parent)), None)

@@ -47,6 +47,22 @@ def download(url: str, sha256: str) -> bytes:
     return content
 
 
+def read_file(path: Path) -> bytes:
+    """Raises ConfigError."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"can't read {path}: {error.strerror}") from error
+
+
+def decoded(content: bytes, source: str) -> str:
+    """The text of `source`. Raises ConfigError when it is not UTF-8."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source} is not UTF-8: {error}; convert it first") from error
+
+
 def split(text: str) -> tuple[str, str]:
     """Training and validation text, divided as nanoGPT does."""
     n = len(text)
@@ -88,10 +104,7 @@ def prepare(
 ) -> Meta:
     """Write the data directory of one text, given as UTF-8 bytes; meta.json comes last. The
     `vocabulary` is that of byte pairs, GPT-2's if it isn't given."""
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{source} is not UTF-8: {error}; convert it first") from error
+    text = decoded(content, source)
     files: dict[str, bytes] = {}
     if kind == "char":
         tokenizer, vocab_size, (train, val) = encode_characters(split(text))
@@ -139,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.input is None:
             content, source = download(SHAKESPEARE_URL, SHAKESPEARE_SHA256), "tinyshakespeare"
         else:
-            content, source = _read(args.input), args.input.stem
+            content, source = read_file(args.input), args.input.stem
         out = args.out or Path("data") / f"shakespeare_{args.kind}"
         meta = prepare(args.kind, content, source, out, vocabulary)
     except StartupError as error:
@@ -149,13 +162,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{out}: {meta.train_tokens:,} training and {meta.val_tokens:,} validation tokens "
         f"of {meta.vocab_size:,} kinds"
     )
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"can't read {path}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

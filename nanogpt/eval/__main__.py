@@ -64,8 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     return p
 
 
-def evaluate(args: argparse.Namespace) -> str:
-    """The table. Raises StartupError."""
+def evaluate(args: argparse.Namespace, command: str) -> str:
+    """The table, which goes into the card too if that is asked for. Raises StartupError."""
     device = _device(args.device)
     name, source = registry.any_source(args.model)
     if args.write_card and not Path(source).is_dir():
@@ -79,7 +79,10 @@ def evaluate(args: argparse.Namespace) -> str:
         pack_model(loaded.model, int8=int8)
     quiet = not sys.stderr.isatty()
     result = score(loaded.model, tokenizer, data.tokens, windows, quiet=quiet)
-    return card.table(result, loaded.info, data, args.split, windows, args.stride)
+    table = card.table(result, loaded.info, data, args.split, windows, args.stride)
+    if args.write_card:
+        card.write(Path(source), table, command)
+    return table
 
 
 def _device(name: str) -> torch.device:
@@ -101,10 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = [*(sys.argv[1:] if argv is None else argv)]
     args = _parser().parse_args(given)
     try:
-        table = evaluate(args)
-        if args.write_card:
-            _, source = registry.any_source(args.model)
-            card.write(Path(source), table, shlex.join(["nanogpt", "eval", *given]))
+        table = evaluate(args, shlex.join(["nanogpt", "eval", *given]))
     except StartupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from nanogpt.data.dataset import evaluation_starts
+from nanogpt.data.dataset import batch_at, evaluation_starts
 from nanogpt.errors import ConfigError
 from nanogpt.model.gpt import GPT, CausalAttend
 from nanogpt.tokenizer import Tokenizer
@@ -109,12 +109,11 @@ def score(
     with tqdm(total=sum(w.length for w in windows), unit="token", disable=quiet) as bar:
         for batch in _batches(windows):
             starts = np.array([w.start for w in batch])
-            rows = tokens[starts[:, None] + np.arange(batch[0].length + 1)].astype(np.int64)
+            x, y = batch_at(tokens, starts, batch[0].length)
             counts = np.arange(batch[0].length) >= np.array([[w.skip] for w in batch])
-            ids = torch.from_numpy(rows).to(device)
             wanted = torch.from_numpy(counts).to(device)
-            total += _nats(model, ids[:, :-1], ids[:, 1:], wanted, tokenizer.n_vocab)
-            targets = rows[:, 1:][counts]
+            total += _nats(model, x.to(device), y.to(device), wanted, tokenizer.n_vocab)
+            targets = y.numpy()[counts]
             count += len(targets)
             num_bytes += int(lengths[targets].sum())
             characters += int(heads[targets].sum())

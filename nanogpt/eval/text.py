@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from nanogpt.data.dataset import Dataset
-from nanogpt.data.prepare import split
+from nanogpt.data.prepare import decoded, read_file, split
 from nanogpt.errors import ConfigError, InvalidRequest
 from nanogpt.registry import ModelInfo
 from nanogpt.tokenizer import Tokenizer
@@ -28,13 +28,8 @@ def read(path: Path, part: Part, info: ModelInfo, tokenizer: Tokenizer) -> Text:
     """Of a UTF-8 text, or of a directory that `nanogpt prepare` wrote. Raises ConfigError."""
     if path.is_dir():
         return _prepared(path, part, info)
-    try:
-        content = path.read_bytes()
-        whole = content.decode()
-    except OSError as error:
-        raise ConfigError(f"can't read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8: {error}; convert it first") from error
+    content = read_file(path)
+    whole = decoded(content, str(path))
     train, val = split(whole)
     text = {"train": train, "val": val, "all": whole}[part]
     try:

@@ -10,7 +10,8 @@ README.md           the model card
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -64,12 +65,30 @@ def save(
     never sees half a checkpoint, whenever this process is killed. An existing one is replaced.
     """
     target = Path(directory)
+    with _beside(target) as temporary:
+        _write(temporary, model, tokenizer, dtype, files or {})
+        _move(temporary, target)
+
+
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A directory to be filled, which gets its name only when it is complete. Raises
+    CheckpointError when there is one of that name."""
+    if target.exists():
+        raise CheckpointError(f"{target} is there already: choose another name, or remove it")
+    with _beside(target) as temporary:
+        yield temporary
+        os.rename(temporary, target)
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A temporary directory on the same disk, to be renamed; else it is removed at the end."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         temporary.chmod(0o755)
-        _write(temporary, model, tokenizer, dtype, files or {})
-        _move(temporary, target)
+        yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -89,9 +108,9 @@ def _write(
     save_file(weights, directory / WEIGHTS, metadata={"format": "pt"})
     (directory / WEIGHTS).chmod(0o644)
     config = _Config("nanogpt", VERSION, model.config, _Tokenizer(tokenizer.kind))
-    _write_json(directory / CONFIG, config)
+    (directory / CONFIG).write_bytes(to_json(config))
     if tokenizer.kind == "char":
-        _write_json(directory / CHARACTERS, list(tokenizer.characters))
+        (directory / CHARACTERS).write_bytes(to_json(list(tokenizer.characters)))
     elif tokenizer.directory:
         source, added = Path(tokenizer.directory), "added_tokens.json"
         for name in ("vocab.json", "merges.txt", *([added] if (source / added).exists() else [])):
@@ -100,8 +119,9 @@ def _write(
         (directory / name).write_bytes(content)
 
 
-def _write_json(path: Path, value: object) -> None:
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(value)) + b"\n")
+def to_json(value: object) -> bytes:
+    """A file that people can read."""
+    return msgspec.json.format(msgspec.json.encode(value)) + b"\n"
 
 
 def _move(source: Path, target: Path) -> None:

@@ -10,15 +10,11 @@ Weights keep their type unless --dtype says otherwise, so nothing is lost in any
 """
 
 import argparse
-import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -60,21 +56,13 @@ def write_hugging_face(loaded: LoadedModel, directory: Path) -> None:
     Rows of padding are left out, and biases that the model lacks are written as zeros. Raises
     CheckpointError when the directory is there already.
     """
-    if directory.exists():
-        raise CheckpointError(f"{directory} is there already: choose another name, or remove it")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
+    with checkpoint.new_directory(directory) as temporary:
         weights = _their_names(loaded.model, loaded.info.vocab_size)
         save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
         for name, content in (_config_files(loaded) | _tokenizer_files(loaded.info)).items():
             (temporary / name).write_bytes(content)
         for path in temporary.iterdir():
             path.chmod(0o644)
-        temporary.chmod(0o755)
-        os.rename(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _their_names(model: GPT, vocab_size: int) -> dict[str, Tensor]:
@@ -110,7 +98,7 @@ def _config_files(loaded: LoadedModel) -> dict[str, bytes]:
         "eos_token_id": info.eos_token_id,
         "dtype": info.dtype,
     }
-    return {"config.json": _json(config)}
+    return {"config.json": checkpoint.to_json(config)}
 
 
 def _tokenizer_files(info: ModelInfo) -> dict[str, bytes]:
@@ -119,7 +107,7 @@ def _tokenizer_files(info: ModelInfo) -> dict[str, bytes]:
     if spec.kind == "gpt2":
         files = read_bpe_files(spec.directory) if spec.directory else gpt2_files()
         settings |= {"tokenizer_class": "GPT2Tokenizer"}
-        return files.as_files() | {"tokenizer_config.json": _json(settings)}
+        return files.as_files() | {"tokenizer_config.json": checkpoint.to_json(settings)}
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
     by_character = {
         "version": "1.0",
@@ -137,11 +125,10 @@ def _tokenizer_files(info: ModelInfo) -> dict[str, bytes]:
             "unk_token": "",  # none: an unknown character is an error
         },
     }
-    return {"tokenizer.json": _json(by_character), "tokenizer_config.json": _json(settings)}
-
-
-def _json(value: object) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(value)) + b"\n"
+    return {
+        "tokenizer.json": checkpoint.to_json(by_character),
+        "tokenizer_config.json": checkpoint.to_json(settings),
+    }
 
 
 WRITERS = {"ours": write_ours, "hf": write_hugging_face, "nanogpt": write_nanogpt}

@@ -1,8 +1,5 @@
 """A model as nanoGPT's sample.py loads it: a directory with ckpt.pt, and meta.pkl of characters."""
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +7,7 @@ import msgspec
 import torch
 
 from nanogpt.errors import CheckpointError
+from nanogpt.model.checkpoint import new_directory
 from nanogpt.model.load import GPT2_VOCAB_SIZE, LoadedModel
 from nanogpt.model.pickles import write_plain_pickle
 
@@ -22,18 +20,10 @@ def write_nanogpt(loaded: LoadedModel, directory: Path) -> None:
     there already.
     """
     check_expressible(loaded)
-    if directory.exists():
-        raise CheckpointError(f"{directory} is there already: choose another name, or remove it")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
+    with new_directory(directory) as temporary:
         torch.save(_checkpoint(loaded, directory.name), temporary / "ckpt.pt")
         if loaded.info.tokenizer.kind == "char":
             write_plain_pickle(temporary / "meta.pkl", _meta(loaded.info.tokenizer.characters))
-        temporary.chmod(0o755)
-        os.rename(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_expressible(loaded: LoadedModel) -> None:
