@@ -144,7 +144,7 @@ def _add_stored_completions(app: flask.Flask, stored: Stored) -> None:
                 id,
                 stream=arguments.get("stream"),
                 starting_after=arguments.get("starting_after"),
-                socket=_peer(),
+                peer=_peer(),
             )
         )
 

@@ -145,10 +145,10 @@ class Launcher:
         pids = [self._torchrun.pid, *process.pids_below(self._torchrun.pid)]
         stopped = [pid for pid in pids if process.is_stopped(pid)]
         self._stopped = {pid: self._stopped.get(pid, now) for pid in stopped}
-        front_end = self._run_dir.holder(LOCK)
-        for pid, since in self._stopped.items():
-            if now - since < self._config.cluster.watchdog_s:
-                continue
+        watchdog_s = self._config.cluster.watchdog_s
+        overdue = [pid for pid, since in self._stopped.items() if now - since >= watchdog_s]
+        front_end = self._run_dir.holder(LOCK) if overdue else None
+        for pid in overdue:
             with contextlib.suppress(ProcessLookupError):  # it went on, and ended
                 if front_end is None or os.getpgid(pid) != os.getpgid(front_end):
                     log.error("process %d is stopped: killed", pid)

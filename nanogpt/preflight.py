@@ -96,5 +96,7 @@ def plan_reload(argv: Sequence[str], running: ServeConfig) -> tuple[ServeConfig,
     check = [sys.executable, "-m", "nanogpt.engine.check", *argv]
     done = subprocess.run(check, cwd=PROJECT, capture_output=True, text=True)
     if done.returncode != 0:
-        raise StartupError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
+        said = done.stderr.strip().splitlines()
+        silent = f"the check of its models ended with code {done.returncode}, without a word"
+        raise StartupError(said[-1].removeprefix("error: ") if said else silent)
     return config, ranks

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from nanogpt import preflight, process
+from nanogpt import options, preflight, process
 from nanogpt.config import PROJECT, ServeConfig
 from nanogpt.errors import StartupError
 from nanogpt.ranks import Ranks
@@ -52,6 +52,18 @@ def test_port_in_use_and_foreign_host_are_refused():
     preflight.check_port("127.0.0.1", port)
     with pytest.raises(StartupError, match="host"):
         preflight.check_port("no such host", port)
+
+
+def test_a_check_that_dies_without_a_word_refuses_the_reload(monkeypatch, tmp_path):
+    """It raised IndexError for want of a last line (the OOM killer leaves none), which ended the
+    launcher, and with it the server that the reload was to leave alone."""
+    silent = tmp_path / "python"
+    silent.write_text("#!/bin/sh\nkill -KILL $$\n")
+    silent.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(silent))
+    monkeypatch.setattr(preflight, "plan", lambda config: 1)
+    with pytest.raises(StartupError, match="-9"):
+        preflight.plan_reload([], options.parse([]))
 
 
 TORCHRUN = {

@@ -7,10 +7,10 @@ from typing import TypeVar
 from nanogpt.admission_config import ANONYMOUS
 from nanogpt.api.admission import Admission, Principal, Ticket
 from nanogpt.api.admission.subject import clean_user
-from nanogpt.api.plan import Plan
+from nanogpt.api.plan import Plan, find_model
 from nanogpt.api.protocol import CompletionRequest, parse_completion, user_of
 from nanogpt.errors import ApiError, InvalidRequest
-from nanogpt.registry import ModelCard, aliases
+from nanogpt.registry import ModelCard, ModelInfo, aliases
 
 T = TypeVar("T")
 
@@ -71,6 +71,12 @@ class Caller:
         other_names = aliases(models, cards)
         allowed = {other_names.get(name, name) for name in listed}
         return {name: info for name, info in models.items() if name in allowed}
+
+    def find_model(
+        self, models: Mapping[str, ModelInfo], name: str, cards: Mapping[str, ModelCard]
+    ) -> ModelInfo:
+        """The loaded model of this name, if the key may use it. Raises ModelNotFound."""
+        return find_model(self.visible(models, cards), name, self.visible(cards, cards))
 
     def read_completion(self, body: bytes, content_type: str | None) -> CompletionRequest:
         """Raises UnsupportedMediaType, InvalidRequest; but Banned or RateLimited for a user who is

@@ -152,7 +152,7 @@ class Service:
         models = self._cluster.models()
         name = real_name(models, request.model, self._cards)
         caller.precheck(request.user, name, request.priority)
-        info = self._visible_model(caller, models, name)
+        info = caller.find_model(models, name, self._cards)
         tokenizer = self._cluster.tokenizer(info.name)
         with ExitStack() as undo:
             self.places.take()
@@ -278,14 +278,7 @@ class Service:
 
     def _find(self, caller: Caller, name: str) -> ModelInfo:
         models = self._cluster.models()
-        return self._visible_model(caller, models, real_name(models, name, self._cards))
-
-    def _visible_model(
-        self, caller: Caller, models: Mapping[str, ModelInfo], name: str
-    ) -> ModelInfo:
-        """Raises ModelNotFound."""
-        infos, cards = self._known(caller, models)
-        return find_model(infos, name, cards)
+        return caller.find_model(models, real_name(models, name, self._cards), self._cards)
 
     # Operations
 

@@ -21,6 +21,7 @@ from nanogpt.api.jobs.objects import (
     BatchStatus,
     RequestCounts,
 )
+from nanogpt.api.jobs.owned import owned
 from nanogpt.api.jobs.paging import page
 from nanogpt.api.protocol import METADATA, Metadata
 from nanogpt.api.response import encode
@@ -117,8 +118,8 @@ class BatchRoutes:
         return Answer(encode(shown(job)))
 
     def _find(self, caller: Caller, batch_id: str) -> Job:
-        job = self._store.get(batch_id)
-        if job is None or job.kind != "batch" or not caller.owns(job.owner):
+        job = owned(self._store, caller, "batch", batch_id)
+        if job is None:
             raise _not_found(batch_id)
         return job
 

@@ -7,7 +7,6 @@ and be taken up again, by another process too.
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any
 
 import msgspec
 
@@ -16,11 +15,13 @@ from nanogpt.api.admission import Ticket
 from nanogpt.api.answer import EVENT_STREAM, Answer
 from nanogpt.api.backend import Cluster
 from nanogpt.api.caller import Caller
+from nanogpt.api.client_socket import Peer
 from nanogpt.api.errors import ClientGone
 from nanogpt.api.jobs import once, outcome
 from nanogpt.api.jobs.follow import POLL_S, follow
 from nanogpt.api.jobs.objects import Deleted
-from nanogpt.api.plan import Plan, find_model, make_plan, real_name
+from nanogpt.api.jobs.owned import owned
+from nanogpt.api.plan import Plan, make_plan, real_name
 from nanogpt.api.protocol import CompletionRequest
 from nanogpt.api.response import encode
 from nanogpt.api.service import CLIENT_GONE, Service
@@ -63,21 +64,21 @@ class Completions:
         caller: Caller,
         body: bytes,
         content_type: str | None,
-        socket: Any,
+        peer: Peer | None,
         started: float,
         key: str | None,
     ) -> Answer:
         """`key`: of the header Idempotency-Key; the others as in Service.complete."""
         request = caller.read_completion(body, content_type)
         if key is None and not request.background:
-            return self._service.complete(caller, request, socket, started)
+            return self._service.complete(caller, request, peer, started)
         name = once.name(caller, key)
         digest = once.digest("completions", body) if name else b""
         if request.background and not request.stream:
             job = self._accept(caller, request, name, digest)
             shown = encode(outcome.stored(job, "queued"))
             return Answer(shown, 202, headers={"Location": f"/v1/completions/{job.id}"})
-        wait = _Wait(self._service, socket)
+        wait = _Wait(self._service, peer)
         with ExitStack() as undo:
             undo.callback(wait.close)
             job = self._accept(caller, request, name, digest)
@@ -99,8 +100,7 @@ class Completions:
             once.check(known, digest)
             return known
         self._check_draining()
-        cards = caller.visible(self._cards, self._cards)
-        info = find_model(caller.visible(models, self._cards), model, cards)
+        info = caller.find_model(models, model, self._cards)
         plan = make_plan(
             request,
             info,
@@ -199,7 +199,7 @@ class Completions:
         *,
         stream: str | None,
         starting_after: str | None,
-        socket: Any,
+        peer: Peer | None,
     ) -> Answer:
         """As it is now; with stream "true" its events, those after a number or all."""
         job = self._find(caller, completion_id)
@@ -212,7 +212,7 @@ class Completions:
         after = _number(starting_after)
         if not self._cluster.models():
             raise Unavailable("the model is being loaded; try again soon", code="starting")
-        wait = _Wait(self._service, socket)
+        wait = _Wait(self._service, peer)
         with ExitStack() as undo:
             undo.callback(wait.close)
             self._prepare(wait, job)
@@ -237,8 +237,8 @@ class Completions:
         return Answer(encode(Deleted(job.id, "text_completion")))
 
     def _find(self, caller: Caller, completion_id: str) -> Job:
-        job = self._store.get(completion_id)
-        if job is None or job.kind != "completion" or not caller.owns(job.owner):
+        job = owned(self._store, caller, "completion", completion_id)
+        if job is None:
             raise _not_found(completion_id)
         return job
 
@@ -279,12 +279,12 @@ def _number(text: str | None) -> int:
 class _Wait:
     """A client that waits for a job: it has a thread of the server until it is closed."""
 
-    def __init__(self, service: Service, socket: Any) -> None:
+    def __init__(self, service: Service, peer: Peer | None) -> None:
         service.places.take()
         self.job_id = ""
         self.must_end = service.must_end
         self._service = service
-        self._is_client_gone = client_socket.watch(socket)
+        self._is_client_gone = client_socket.watch(peer)
         self._lock = threading.Lock()
         self._open = True
 

@@ -12,6 +12,7 @@ from nanogpt.api.caller import Caller
 from nanogpt.api.decode import clip
 from nanogpt.api.jobs import once
 from nanogpt.api.jobs.objects import Deleted, FileList, FileObject
+from nanogpt.api.jobs.owned import owned
 from nanogpt.api.jobs.paging import page
 from nanogpt.api.jobs.upload import Received, receive
 from nanogpt.api.response import encode
@@ -131,8 +132,8 @@ class FileRoutes:
 
     def find(self, caller: Caller, file_id: str, param: str = "id") -> Job:
         """Raises NotFound, also for a file of another key."""
-        job = self._store.get(file_id)
-        if job is None or job.kind != "file" or not caller.owns(job.owner):
+        job = owned(self._store, caller, "file", file_id)
+        if job is None:
             raise NotFound(
                 f"there is no file {clip(file_id, 100)!r}: it was deleted, has expired, or belongs "
                 "to another API key",

@@ -15,7 +15,7 @@ from nanogpt.api.errors import ClientGone
 from nanogpt.api.jobs.completions import BATCH_PRIORITY, behind
 from nanogpt.api.jobs.unattended import generate
 from nanogpt.api.metrics import Metrics
-from nanogpt.api.plan import Plan, find_model, make_plan, real_name
+from nanogpt.api.plan import Plan, make_plan, real_name
 from nanogpt.api.protocol import CompletionRequest, parse_completion, prompt_count
 from nanogpt.api.response import Collected, encode
 from nanogpt.errors import ApiError, InvalidRequest, Unavailable
@@ -86,11 +86,8 @@ class LineRunner:
             request = msgspec.structs.replace(request, seed=seed)
         caller = Caller.of_owner(self._admission, owner, request_id)
         models = self._cluster.models()
-        info = find_model(
-            caller.visible(models, self._cards),
-            real_name(models, request.model, self._cards),
-            caller.visible(self._cards, self._cards),
-        )
+        name = real_name(models, request.model, self._cards)
+        info = caller.find_model(models, name, self._cards)
         caller.user = request.user
         tokenizer = self._cluster.tokenizer(info.name)
         plan = behind(

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 from nanogpt.api.caller import Caller
 from nanogpt.api.decode import clip
+from nanogpt.api.jobs.owned import owned
 from nanogpt.errors import InvalidRequest, NotFound
 from nanogpt.jobs.store import Job, Kind, Store
 
@@ -25,10 +26,8 @@ def page(
     if order not in ("asc", "desc"):
         raise InvalidRequest("order must be asc or desc", param="order")
     after = query.get("after", "")
-    if after:
-        job = store.get(after)
-        if job is None or job.kind != kind or not caller.owns(job.owner):
-            raise NotFound(f"there is no {clip(after, 100)!r} to go on after", param="after")
+    if after and owned(store, caller, kind, after) is None:
+        raise NotFound(f"there is no {clip(after, 100)!r} to go on after", param="after")
     owner = None if caller.is_admin else caller.name
     found: list[Job] = []
     while len(found) <= limit:
