@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from nanogpt.chaos import load, processes, report
+from nanogpt.chaos.__main__ import parse
 from nanogpt.chaos.check import Books, violations
 from nanogpt.chaos.history import Asked, Chunk, Ended, Expected, Fault, History, Sample, read
 from tests.server import ROOT
@@ -64,8 +65,8 @@ def refusal(status=503, code="overloaded", **changes) -> Asked:
     return whole_answer(**{**given, "chunks": [Chunk(2.0, body)], **changes})
 
 
-def fault(kind: str, at=1.5, healed: float | None = 3.0, **changes) -> Fault:
-    return Fault(number=0, kind=kind, at=at, healed=healed, **changes)
+def fault(kind: str, at=1.5, healed: float | None = 3.0, number=0, **changes) -> Fault:
+    return Fault(number=number, kind=kind, at=at, healed=healed, **changes)
 
 
 def found(*lines, end: Ended | None = END) -> list[str]:
@@ -123,6 +124,22 @@ def test_a_fault_excuses_only_what_it_can_cause():
     refused = refusal(code="draining", sent=1.0)
     assert found(refused, fault("drain", at=2.5))
     assert found(refused, fault("drain", at=1.2)) == []
+
+
+def test_a_fault_that_was_not_waited_for_excuses_until_the_next_that_was():
+    hurried = fault("kill-worker", healed=None)
+    later = fault("kill-rank", at=1.7, healed=3.0, number=1)
+    broken = {"outcome": "broken", "ended": 6.0}
+    assert found(streamed_answer(PIECES[:5], **broken), hurried, later) == []
+    assert found(streamed_answer(PIECES[:5], sent=4.0, **broken), hurried, later)
+
+
+def test_a_round_has_each_kind_as_often_as_it_is_asked_for():
+    kinds = parse(["--faults", "kill-rank=3, drain,kill-all=0"]).faults
+    assert kinds == ("kill-rank", "kill-rank", "kill-rank", "drain")
+    for wrong in ("", "no-such", "drain=often", "drain=0"):
+        with pytest.raises(SystemExit):
+            parse(["--faults", wrong])
 
 
 def test_what_the_run_itself_saw_is_reported():

@@ -36,8 +36,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--faults",
         type=_kinds,
         default=DEFAULT,
-        metavar="KIND,...",
-        help=f"of: {', '.join(FAULTS)} (default: all that break no connection)",
+        metavar="KIND[=N],...",
+        help="kinds, and how often each comes in a round, in random order; of: "
+        f"{', '.join(FAULTS)} (default: all that break no connection, once)",
     )
     p.add_argument("--ranks", type=int, default=2, metavar="N")
     p.add_argument("--seed", type=int, default=1, help="of the requests and the faults (1)")
@@ -48,11 +49,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _kinds(text: str) -> tuple[str, ...]:
-    kinds = tuple(part.strip() for part in text.split(",") if part.strip())
-    unknown = [kind for kind in kinds if kind not in FAULTS]
-    if unknown or not kinds:
-        raise argparse.ArgumentTypeError(f"unknown: {unknown}; known: {', '.join(FAULTS)}")
-    return kinds
+    """A round: each kind as often as the text says."""
+    kinds: list[str] = []
+    for part in filter(None, map(str.strip, text.split(","))):
+        kind, _, times = part.partition("=")
+        if kind not in FAULTS:
+            raise argparse.ArgumentTypeError(f"unknown: {kind}; known: {', '.join(FAULTS)}")
+        if times and not times.isdecimal():
+            raise argparse.ArgumentTypeError(f"{part}: how often must be a number")
+        kinds += [kind] * int(times or 1)
+    if not kinds:
+        raise argparse.ArgumentTypeError(f"no fault; known: {', '.join(FAULTS)}")
+    return tuple(kinds)
 
 
 def run(args: argparse.Namespace, directory: Path, history: History) -> dict[str, Any]:

@@ -91,27 +91,38 @@ def _problem(asked: Asked, books: Books) -> str:
     if asked.outcome == "refused":
         return _refusal(asked, books.faults)
     if asked.outcome == "unreachable":
-        if any(_sent_during(asked, f) or _broken_by(asked, f) for f in books.faults):
+        if _sent_during(asked, books.faults) or _broken_by(asked, books.faults):
             return ""
         return f"no answer, though somebody listened: {asked.error}"
     if asked.outcome == "broken":
-        if any(_broken_by(asked, fault) for fault in books.faults):
+        if _broken_by(asked, books.faults):
             return _difference(asked, books.expected[asked.template], partly=True)
         return f"the connection broke: {asked.error}"
     last = asked.chunks[-1].data[:300] if asked.chunks else asked.error
     return f"no proper end: {last}"
 
 
-def _sent_during(asked: Asked, fault: Fault) -> bool:
+def _sent_during(asked: Asked, faults: list[Fault]) -> bool:
     """Whether nobody listened when it was sent."""
-    end = float("inf") if fault.healed is None else fault.healed
-    return fault.kind in ABSENT and fault.at - RACE_S <= asked.sent <= end
+    return any(
+        f.at - RACE_S <= asked.sent <= _healed(f, faults) for f in faults if f.kind in ABSENT
+    )
 
 
-def _broken_by(asked: Asked, fault: Fault) -> bool:
+def _broken_by(asked: Asked, faults: list[Fault]) -> bool:
     """Whether the process that held its connection was killed."""
-    end = float("inf") if fault.healed is None else fault.healed
-    return fault.kind in BREAKING and asked.sent <= end and asked.ended >= fault.at - RACE_S
+    return any(
+        asked.sent <= _healed(f, faults) and asked.ended >= f.at - RACE_S
+        for f in faults
+        if f.kind in BREAKING
+    )
+
+
+def _healed(fault: Fault, faults: list[Fault]) -> float:
+    """When the cluster had recovered from it; from one that was not waited for, when it had from
+    a later one."""
+    times = (f.healed for f in faults if f.number >= fault.number and f.healed is not None)
+    return min(times, default=float("inf"))
 
 
 def _refusal(asked: Asked, faults: list[Fault]) -> str:
@@ -120,7 +131,7 @@ def _refusal(asked: Asked, faults: list[Fault]) -> str:
     code = json.loads(asked.chunks[0].data)["error"]["code"]
     if asked.status == 503 and code not in CODES_503:
         return f"code {code!r}"
-    if code == "draining" and not any(_sent_during(asked, fault) for fault in faults):
+    if code == "draining" and not _sent_during(asked, faults):
         return "it was accepted, and then refused since the server drained"
     return ""
 

@@ -10,7 +10,6 @@ from typing import NamedTuple
 from nanogpt.chaos.cluster import ChaosCluster
 
 LONGEST_STOP_S = 6.0  # for which the front end is stopped: past the watchdog's patience
-DRAIN_S = 60.0  # for a launcher that drains to end
 
 
 class Injury(NamedTuple):
@@ -97,7 +96,7 @@ FAULTS: dict[str, Inject] = {
 }
 
 # Whoever holds the connections dies: clients see them break, and no wrong answer.
-BREAKING = frozenset({"kill-worker", "kill-master"})
+BREAKING = frozenset({"kill-worker"})
 # The port has nobody behind it for a while, so that new requests may get no answer at all.
-ABSENT = BREAKING | {"drain"}
+ABSENT = BREAKING | {"kill-master", "drain"}
 DEFAULT = tuple(kind for kind in FAULTS if kind not in BREAKING)

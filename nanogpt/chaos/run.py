@@ -179,15 +179,15 @@ def inject_faults(
     limits: Limits,
     on_fault: Callable[[Fault], None],
 ) -> None:
-    """Faults of these kinds at random, until the limits. Raises ClusterError when one is not
-    recovered from."""
+    """Faults of these kinds in random order, each as often in a round as it is there, until the
+    limits. Raises ClusterError when one is not recovered from."""
     rng = random.Random(f"{seed} faults")
     deadline = time.monotonic() + limits.duration_s
     order: list[str] = []
     for number in range(limits.faults):
         if time.monotonic() > deadline:
             return
-        if not order:  # each kind once in a round, so that a short run has them all
+        if not order:  # rounds, so that a short run has them all
             order = rng.sample(kinds, len(kinds))
         time.sleep(rng.uniform(0.1, 2.0))
         hurry = rng.random() < HURRY and number + 1 < limits.faults
