@@ -12,11 +12,13 @@ from tqdm import tqdm
 from nanogpt.bench import output, revisions
 from nanogpt.bench.contest import FIGURES, Comparison, compare
 from nanogpt.bench.entrants import Entrant, entrants_of
+from nanogpt.bench.load import Round
 from nanogpt.bench.managed import ManagedServer, stopping
 from nanogpt.bench.options import COUNT, add_load_options, number, workloads
 from nanogpt.bench.serve import warm, watched_round
 from nanogpt.bench.table import Cell, show, table
 from nanogpt.bench.target import Target, find_target
+from nanogpt.bench.workload import Workload
 from nanogpt.errors import ConfigError
 
 IDLE_LOOK_S = 2.0
@@ -86,12 +88,23 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="S",
         help="for a command to be ready (300)",
     )
+    parser.add_argument(
+        "--rest",
+        type=number(float, 0),
+        default=0.0,
+        metavar="S",
+        help="before each turn, for servers that spin for a while after their last request (0)",
+    )
     add_load_options(parser)
     output.add_output_options(parser)
     parser.set_defaults(run=run, parser=parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    def rested_round(target: Target, workload: Workload, seed: int, label: str) -> Round:
+        time.sleep(args.rest)
+        return watched_round(target, workload, seed, label)
+
     output.check_plot(args.plot)
     loads = workloads(args)
     started: list[ManagedServer] = []
@@ -107,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
         idle = _idle_cpu(started)
         results = []
         for load in loads:
-            results.append(compare(targets, load, args.rounds, args.seed, watched_round))
+            results.append(compare(targets, load, args.rounds, args.seed, rested_round))
             print(f"\n{describe(results[-1])}", flush=True)
     output.save_plot(args.plot, len(FIGURES), lambda axes: _draw(axes, results))
     output.emit("compare", args, {"comparisons": results, "idle_cpu": idle})
