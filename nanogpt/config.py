@@ -10,7 +10,8 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -110,9 +111,11 @@ def _check_keys(raw: Mapping[str, Any], kind: type[msgspec.Struct], where: str) 
     for key, value in raw.items():
         if key not in fields:
             raise ConfigError(f"unknown key {where}{key!r}{nearest(key, list(fields))}")
-        inner = fields[key].type
-        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, Section):
-            _check_keys(value, inner, f"{where}{key}.")
+        kind_of = fields[key].type
+        for inner in get_args(kind_of) if isinstance(kind_of, UnionType) else (kind_of,):
+            table = isinstance(inner, type) and issubclass(inner, Section)
+            if table and isinstance(value, Mapping):
+                _check_keys(value, inner, f"{where}{key}.")
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from nanogpt.model.gpt import GPT, GPTConfig
 from nanogpt.train import __main__ as train
 from nanogpt.train import config as recipes
 from nanogpt.train import state
+from nanogpt.train.average import Average
 from nanogpt.train.dropout import ByteDropout, replace_dropout
 from nanogpt.train.evaluate import evaluate
 from nanogpt.train.muon import Muon, orthogonalize
@@ -94,6 +95,7 @@ data = "{data}"
 out = "{out}"
 optimizer = "muon"
 dropout = 0.2
+ema_decay = 0.9
 batch_size = 4
 accumulate = 2
 max_steps = {steps}
@@ -193,6 +195,59 @@ def test_finetuning_begins_with_the_other_model(data, tmp_path):
     assert loss == pytest.approx(min(losses(tmp_path / "first").values()), abs=0.01)
     assert second.model.lm_head.weight is second.model.wte.weight
     assert second.model.config == checkpoint.load(best)[0].config
+
+
+def test_a_smaller_model_grows_into_the_recipes_shape(data, tmp_path):
+    Trainer(recipe(data, tmp_path / "first"), CPU).run()
+    best = str(tmp_path / "first" / "best")
+    shape = recipes.Shape(block_size=16, n_layer=3, n_head=3, n_embd=48)
+    config = recipe(data, tmp_path / "second", init_from=best, model=shape)
+    second = Trainer(config, CPU)
+    begins = min(losses(tmp_path / "first").values())
+    assert evaluate(second.model, Dataset(data).val) == pytest.approx(begins, abs=0.01)
+    second.run()
+    assert min(losses(tmp_path / "second").values()) < begins
+    grown, _ = checkpoint.load(tmp_path / "second" / "best")
+    assert (grown.config.n_layer, grown.config.n_embd) == (3, 48)
+    card = (tmp_path / "second" / "best" / "README.md").read_text()
+    assert f"| begun with | {best}, grown to this shape |" in card
+
+
+# ---------------------------------------------------------------------- average
+
+
+def test_average_of_weights():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    average = Average(model, 0.5)
+    for step, value in ((1, 11.0), (2, 8.0)):
+        nn.init.constant_(model.weight, value)
+        average.update(step)
+    after_one = 11.0 * 9 / 11  # the decay of step 1 is 2/11
+    assert average.means["weight"].item() == pytest.approx(after_one / 4 + 8.0 * 3 / 4)
+    average.update(1_000_000)
+    assert average.means["weight"].item() == pytest.approx((after_one / 4 + 6.0 + 8.0) / 2)
+    mean = average.means["weight"].item()
+    with average.in_place():
+        assert model.weight.item() == mean
+    assert model.weight.item() == 8.0
+    assert average.means["weight"].item() == mean
+
+
+def test_the_average_is_what_is_measured_and_exported(data, tmp_path):
+    Trainer(recipe(data, tmp_path / "plain", eval_every=40), CPU).run()
+    Trainer(recipe(data, tmp_path / "out", ema_decay=0.9, eval_every=40), CPU).run()
+    plain, tensors = state_tensors(tmp_path / "plain"), state_tensors(tmp_path / "out")
+    exported = checkpoint.load(tmp_path / "out" / "best")[0].state_dict()
+    for name in plain:
+        assert torch.equal(plain[name], tensors[name]), "training itself is the same"
+    for name in (n.removeprefix("model.") for n in plain if n.startswith("model.")):
+        mean = tensors[f"average.{name}"]
+        assert not torch.equal(mean, tensors[f"model.{name}"])
+        torch.testing.assert_close(exported[name], mean, atol=1e-3, rtol=1e-3)
+    model, _ = checkpoint.load(tmp_path / "out" / "best")
+    measured = losses(tmp_path / "out")[40]
+    assert evaluate(model, Dataset(data).val) == pytest.approx(measured, abs=0.01)
 
 
 def test_finetuning_needs_the_same_tokens(data, tmp_path):

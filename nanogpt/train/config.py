@@ -16,7 +16,7 @@ Fraction = Annotated[float, Meta(ge=0, lt=1)]
 
 
 class Shape(Section, frozen=True):
-    """The network to train from scratch; the vocabulary comes with the data."""
+    """The network to train; the vocabulary comes with the data."""
 
     block_size: Count = 256
     n_layer: Count = 6
@@ -37,7 +37,7 @@ class TrainConfig(Section, frozen=True):
     title: str = "A nanoGPT model"  # of the model card
     licence: str = "not stated"  # of the weights, for the card
     init_from: str = "scratch"  # or a checkpoint directory, or a name on the Hugging Face hub
-    model: Shape = Shape()
+    model: Shape | None = None  # init_from grows to it; none: stays as it is (scratch: Shape())
     dropout: Fraction = 0.0
 
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -46,6 +46,7 @@ class TrainConfig(Section, frozen=True):
     weight_decay: Annotated[float, Meta(ge=0)] = 0.1
     beta1: Fraction = 0.9
     beta2: Fraction = 0.99
+    ema_decay: Fraction = 0.0  # of an average of the weights, evaluated and exported; 0: none
     grad_clip: Annotated[float, Meta(ge=0)] = 1.0  # norm; 0: none
     warmup_steps: Natural = 100
     final_lr_scale: Annotated[float, Meta(ge=0, le=1)] = 0.0  # of the peak, at the end

@@ -85,6 +85,7 @@ def model_card(
 | validation loss | {val_loss:.4f} nats a token |
 | training loss | {train_loss:.4f} nats a token, without dropout |
 | trained for | {progress.step:,} steps, {tokens:,} tokens, {epochs:.1f} epochs |
+| begun with | {_beginning(config)} |
 | data | {meta.source}, SHA-256 `{meta.source_sha256}` |
 | split | first 90 % of the text to train ({meta.train_tokens:,} tokens), the rest to validate |
 | licence | {config.licence} |
@@ -98,6 +99,12 @@ full context, {_windows(config)}. Written by `python -m nanogpt.train`.
 | --- | --- |
 {table}
 """.encode()
+
+
+def _beginning(config: TrainConfig) -> str:
+    if config.init_from == "scratch":
+        return "random weights"
+    return f"{config.init_from}{', grown to this shape' if config.model else ''}"
 
 
 def _windows(config: TrainConfig) -> str:

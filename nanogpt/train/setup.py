@@ -12,8 +12,9 @@ from nanogpt.data.dataset import Meta
 from nanogpt.errors import ConfigError
 from nanogpt.model.dtypes import DTYPES, fastest_dtype
 from nanogpt.model.gpt import GPT, GPTConfig
+from nanogpt.model.grow import grow
 from nanogpt.model.load import load_model
-from nanogpt.train.config import TrainConfig
+from nanogpt.train.config import Shape, TrainConfig
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,7 +63,7 @@ def build_model(config: TrainConfig, meta: Meta, place: Place) -> GPT:
     torch.manual_seed(config.seed)
     if config.init_from != "scratch":
         return _start_from(config, meta, place)
-    shape = msgspec.to_builtins(config.model)
+    shape = msgspec.to_builtins(config.model or Shape())
     # GPT-2's 50257 rows are padded to a multiple of 64, for faster products.
     rows = meta.vocab_size if meta.tokenizer.kind == "char" else -(-meta.vocab_size // 64) * 64
     model = GPT(GPTConfig(vocab_size=rows, **shape), config.dropout)
@@ -81,6 +82,7 @@ def _start_from(config: TrainConfig, meta: Meta, place: Place) -> GPT:
             f"{config.data} and {config.init_from} have different tokens: prepare the data as "
             f"{mend}"
         )
-    model = GPT(loaded.model.config, config.dropout).to(place.device)
-    model.load_state_dict(loaded.model.state_dict())
-    return model
+    shape = loaded.model.config
+    if config.model:
+        shape = msgspec.structs.replace(shape, **msgspec.structs.asdict(config.model))
+    return grow(loaded.model, shape, config.dropout)

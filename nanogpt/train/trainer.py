@@ -15,6 +15,7 @@ from nanogpt.errors import ConfigError
 from nanogpt.model import checkpoint
 from nanogpt.model.gpt import CausalAttend
 from nanogpt.train import report, state
+from nanogpt.train.average import Average
 from nanogpt.train.config import TrainConfig, check_same_run
 from nanogpt.train.dropout import replace_dropout
 from nanogpt.train.evaluate import evaluate
@@ -42,6 +43,7 @@ class Trainer:
         self.progress = state.Progress()
         self.model = build_model(config, self.data.meta, place)
         self.optimizers = build_optimizers(self.model, config)
+        self.average = Average(self.model, config.ema_decay) if config.ema_decay else None
         self._resume()
         self.sampler = WindowSampler(
             len(self.data.train), self.model.config.block_size, config.seed
@@ -61,7 +63,7 @@ class Trainer:
             return
         self.progress, old = found
         check_same_run(old, self.config)
-        state.restore(self.out, self.model, self.optimizers)
+        state.restore(self.out, self.model, self.optimizers, self.average)
 
     @property
     def tokens_per_step(self) -> int:
@@ -101,6 +103,8 @@ class Trainer:
             optimizer.zero_grad(set_to_none=False)
         self.scaler.update()
         self.progress.step += 1
+        if self.average:
+            self.average.update(self.progress.step)
         return total
 
     def _no_sync(self) -> AbstractContextManager[object]:
@@ -142,7 +146,8 @@ class Trainer:
                 before, fraction = fraction, self.fraction()
                 done = fraction >= 1
                 if log and (done or self.progress.step % self.config.eval_every == 0):
-                    self._evaluate(log, before, bar)
+                    with self.average.in_place() if self.average else nullcontext():
+                        self._evaluate(log, before, bar)
                 if log and (done or now - saved >= self.config.save_every_s):
                     self._save()
                     saved = now
@@ -160,7 +165,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.progress.loss_scale = self.scaler.get_scale()
-        state.save(self.out, self.config, self.progress, self.model, self.optimizers)
+        state.save(self.out, self.config, self.progress, self.model, self.optimizers, self.average)
 
     def _evaluate(self, log: report.LossLog, fraction: float, bar: tqdm) -> None:
         windows, cast = self.config.eval_windows, self.place.autocast
