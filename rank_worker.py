@@ -36,8 +36,10 @@ def serve(config: ServeConfig, ranks: Ranks, run_dir: RunDir, life: respawn.Life
     from nanogpt.engine.setup import load_engines
 
     try:
-        broadcast = open_group(ranks)
+        group = open_group(ranks, config.cluster.node_wait_s)
+        ranks, broadcast = group.ranks, group.broadcast
         engines = load_engines(config, ranks)
+        group.agree({name: engine.info.fingerprint for name, engine in engines.items()})
         lead = None
         if ranks.rank == 0:
             hello = Lead.hello(ranks.world_size, tuple(e.info for e in engines.values()))
@@ -127,7 +129,9 @@ def main(argv: list[str]) -> int:
     run_dir = None
     try:
         run_dir = RunDir.open(config.host, config.port)
-        ranks = Ranks.from_environment(os.environ, config.node_rank)
+        ranks = Ranks.from_environment(
+            os.environ, config.node_rank, config.nnodes, config.rdzv_endpoint
+        )
         process.die_with_parent(os.getppid())
         process.keep_freed_memory()
         process.spin_briefly()

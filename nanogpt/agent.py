@@ -1,9 +1,10 @@
-"""torchrun with two things of our own: on one machine its store listens on loopback only, and its
-end is said in one line instead of a traceback. Options are torchrun's own.
+"""torchrun with two things of our own: its store listens on one address only, and its end is said
+in one line instead of a traceback. Options are torchrun's own.
 
 torchrun's stores listen on every interface, and the c10d rendezvous unpickles what it finds in its
-store: whoever reaches the port could run code here. On one machine there is nothing to negotiate,
-so `--rdzv-backend=loopback` does without either.
+store: whoever reaches the port could run code here. There is nothing to negotiate where each node
+has a torchrun of its own and the ranks find each other (nanogpt/cluster/process_group.py), so
+`--rdzv-backend=own` does without either.
 """
 
 import logging
@@ -23,19 +24,23 @@ from torch.distributed.elastic.rendezvous import (
     rendezvous_handler_registry,
 )
 
-LOOPBACK = "127.0.0.1"
+from nanogpt.network import split_endpoint
+
 STORE_TIMEOUT = timedelta(seconds=60)
 
 
-class LoopbackRendezvous(RendezvousHandler):
-    """The rendezvous of one node with itself. The store lives as long as torchrun does."""
+class OwnRendezvous(RendezvousHandler):
+    """The rendezvous of one node with itself. The store lives as long as torchrun does, and listens
+    at the endpoint, HOST:PORT."""
 
-    def __init__(self, run_id: str) -> None:
+    def __init__(self, run_id: str, endpoint: str) -> None:
         self._run_id = run_id
-        listener = socket.create_server((LOOPBACK, 0))
+        self._host, port = split_endpoint(endpoint)
+        family = socket.getaddrinfo(self._host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((self._host, port), family=family)
         self._port: int = listener.getsockname()[1]
         self._store = dist.TCPStore(
-            LOOPBACK,
+            self._host,
             self._port,
             is_master=True,
             timeout=STORE_TIMEOUT,
@@ -47,11 +52,11 @@ class LoopbackRendezvous(RendezvousHandler):
         return True
 
     def get_backend(self) -> str:
-        return "loopback"
+        return "own"
 
     def next_rendezvous(self) -> RendezvousInfo:
         store = dist.PrefixStore(self._run_id, self._store)
-        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(LOOPBACK, self._port))
+        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(self._host, self._port))
 
     def is_closed(self) -> bool:
         return False
@@ -69,15 +74,15 @@ class LoopbackRendezvous(RendezvousHandler):
         return True
 
 
-def _loopback(params: RendezvousParameters) -> RendezvousHandler:
-    return LoopbackRendezvous(params.run_id)
+def _own(params: RendezvousParameters) -> RendezvousHandler:
+    return OwnRendezvous(params.run_id, params.endpoint)
 
 
 def main() -> int:
     """Exit code 0 after a signal, 1 when the ranks could not be kept alive."""
     # A restart is said by the rank that died (an error) and by the front end.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
-    rendezvous_handler_registry.register("loopback", _loopback)
+    rendezvous_handler_registry.register("own", _own)
     try:
         run.main()
     except SignalException:

@@ -49,6 +49,7 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
     watchdog_s: Seconds = 3.0  # a rank that is silent for so long is killed
     stuck_s: Seconds = 300.0  # a rank whose step takes so long is killed
     max_restarts: Annotated[int, Meta(ge=0)] = 1_000_000
+    node_wait_s: Seconds = 30.0  # for nodes that are missing; then the others go on without
     max_outstanding: Count = 16384  # choices that wait or run; one more is answered 503 at once
 
 

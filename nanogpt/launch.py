@@ -20,6 +20,7 @@ from nanogpt import options, preflight, process
 from nanogpt.cluster.keeper import LOCK, OWNER_VARIABLE
 from nanogpt.config import PROJECT, ServeConfig
 from nanogpt.errors import StartupError
+from nanogpt.network import split_endpoint
 from nanogpt.rundir import RunDir
 
 log = logging.getLogger("launch")
@@ -37,16 +38,17 @@ class Torchrun:
     """torchrun and, below it, this node's ranks."""
 
     def __init__(self, config: ServeConfig, ranks: int, argv: Sequence[str]) -> None:
-        rendezvous = ["--rdzv-backend=loopback", "--rdzv-endpoint=127.0.0.1:0"]  # see agent.py
-        if config.nnodes > 1:
-            rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint={config.rdzv_endpoint}"]
+        # Each node has a torchrun of its own; node 0's has the store in which all ranks meet.
+        has_store = config.nnodes > 1 and config.node_rank == 0
+        endpoint = config.rdzv_endpoint if has_store else "127.0.0.1:0"
         self._command = [
             sys.executable,
             "-m",
             "nanogpt.agent",
-            f"--nnodes={config.nnodes}",
+            "--nnodes=1",
             f"--nproc-per-node={ranks}",
-            *rendezvous,
+            "--rdzv-backend=own",  # see agent.py
+            f"--rdzv-endpoint={endpoint}",
             "--rdzv-id=nanogpt",
             f"--max-restarts={config.cluster.max_restarts}",
             str(PROJECT / "rank_worker.py"),
@@ -59,8 +61,8 @@ class Torchrun:
                 "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks))
             ),
         }
-        if config.nnodes == 1:
-            self._environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        if interface := preflight.interface(config):
+            self._environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -210,14 +212,17 @@ def main(argv: list[str]) -> int:
         ranks = preflight.plan(config)
         run_dir = RunDir.open(config.host, config.port)
         if config.node_rank == 0:
-            preflight.check_port(config.host, config.port)
+            preflight.check_port(config.host, config.port, "--port")
+            if config.nnodes > 1:
+                preflight.check_port(*split_endpoint(config.rdzv_endpoint), "--rdzv-endpoint")
         if not run_dir.lock(f"{LAUNCHER_LOCK}-{config.node_rank}"):
             raise StartupError(f"another launcher is running on {config.host}:{config.port}")
         run_dir.clear_marks()
+        launcher = Launcher(config, run_dir, argv, ranks)
     except StartupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return Launcher(config, run_dir, argv, ranks).run()
+    return launcher.run()
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-from nanogpt import options, process, registry
+from nanogpt import network, options, process, registry
 from nanogpt.config import PROJECT, ServeConfig
 from nanogpt.errors import StartupError
+from nanogpt.network import split_endpoint
 
 GIB = 2**30
 FIXED = ("host", "port", "role", "nnodes", "node_rank", "rdzv_endpoint")  # while the server runs
@@ -39,8 +40,8 @@ def plan_ranks(config: ServeConfig, gpus: int) -> int:
     return config.ranks
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises StartupError when nothing can listen there."""
+def check_port(host: str, port: int, option: str) -> None:
+    """Raises StartupError when nothing can listen there; `option` is what says where."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except socket.gaierror as error:
@@ -52,8 +53,20 @@ def check_port(host: str, port: int) -> None:
             probe.bind(address)
         except OSError as error:
             raise StartupError(
-                f"can't listen on {host}:{port}: {error.strerror}; choose another with --port"
+                f"can't listen on {host}:{port}: {error.strerror}; choose another with {option}"
             ) from error
+
+
+def interface(config: ServeConfig) -> str | None:
+    """The network interface for the ranks to meet on; None when it can't be told. Raises
+    StartupError when there is no way to node 0."""
+    if config.nnodes == 1:
+        return "lo"
+    host, _ = split_endpoint(config.rdzv_endpoint)
+    try:
+        return network.interface_towards(host)
+    except OSError as error:
+        raise StartupError(f"no way to {host} (rdzv_endpoint): {error.strerror}") from error
 
 
 def check_memory(config: ServeConfig, sources: Sequence[tuple[str, str]], ranks: int) -> None:

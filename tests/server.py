@@ -25,14 +25,25 @@ def free_port() -> int:
 
 
 class Server:
-    """A running ./launch.sh. `output` is all that it and its processes have printed."""
+    """A running ./launch.sh. `output` is all that it and its processes have printed. `within` is
+    what runs it on another machine (see nodes.py)."""
 
-    def __init__(self, *options: str, environ: dict[str, str] | None = None) -> None:
-        self.port = free_port()
+    def __init__(
+        self,
+        *options: str,
+        environ: dict[str, str] | None = None,
+        host: str = "127.0.0.1",
+        port: int | None = None,
+        within: tuple[str, ...] = (),
+    ) -> None:
+        self.port, self._host = port or free_port(), host
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
         self._jobs = tempfile.TemporaryDirectory(prefix="nanogpt-jobs-")
         self.process = subprocess.Popen(
-            [str(ROOT / "launch.sh"), "--port", str(self.port), "--device", "cpu", *options],
+            [
+                *(*within, str(ROOT / "launch.sh"), "--host", host, "--port", str(self.port)),
+                *("--device", "cpu", *options),
+            ],
             cwd=tempfile.gettempdir(),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
@@ -48,7 +59,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self._host}:{self.port}"
 
     @property
     def output(self) -> str:

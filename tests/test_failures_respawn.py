@@ -14,8 +14,11 @@ import torch.distributed as dist
 
 from nanogpt import process
 from nanogpt.cluster import respawn
+from nanogpt.cluster.broadcast import Broadcast
 from nanogpt.cluster.departure import SETTLE_S, Departure
-from nanogpt.cluster.process_group import join_generation
+from nanogpt.cluster.process_group import Group, join_generation
+from nanogpt.errors import StartupError
+from nanogpt.ranks import Ranks
 from tests.server import ROOT
 
 
@@ -144,23 +147,40 @@ class Locked:
         with self._lock:
             return self._store.add(key, amount)
 
+    def check(self, keys: list[str]) -> bool:
+        with self._lock:
+            return self._store.check(keys)
+
+    def set(self, key: str, value: str) -> None:
+        with self._lock:
+            self._store.set(key, value)
+
+    def get(self, key: str) -> bytes:
+        with self._lock:
+            return self._store.get(key)
+
+
+def joining(pool, store, rank: int, world_size: int, wait_s: float = float("inf")):
+    return pool.submit(join_generation, store, rank, world_size, wait_s)
+
 
 def test_all_who_start_together_join_one_generation():
     store = Locked()
     with ThreadPoolExecutor(4) as pool:
-        joined = {f.result() for f in [pool.submit(join_generation, store, 4) for _ in range(4)]}
-    assert len(joined) == 1
+        joined = [f.result(10) for f in [joining(pool, store, rank, 4) for rank in range(4)]]
+    assert len({generation for generation, _ in joined}) == 1
+    assert [members for _, members in joined] == [[0, 1, 2, 3]] * 4
 
 
 def test_a_replaced_process_takes_those_who_wait_with_it():
     """One of three dies while it waits: no generation that it was in may be complete."""
     store = Locked()
     with ThreadPoolExecutor(4) as pool:
-        waiting = [pool.submit(join_generation, store, 3) for _ in range(1)]
+        waiting = [joining(pool, store, 0, 3)]
         doomed = store.add("generation", 1)  # as the one does that dies
-        store.add(f"joined {doomed}", 1)
-        waiting += [pool.submit(join_generation, store, 3) for _ in range(2)]
-        joined = {f.result(10) for f in waiting}
+        store.set(f"member {doomed} 1", "")
+        waiting += [joining(pool, store, rank, 3) for rank in (1, 2)]
+        joined = {f.result(10)[0] for f in waiting}
     assert len(joined) == 1
     assert joined.pop() > doomed
 
@@ -168,13 +188,40 @@ def test_a_replaced_process_takes_those_who_wait_with_it():
 def test_a_group_that_was_complete_is_not_joined_again():
     store = Locked()
     with ThreadPoolExecutor(4) as pool:
-        first = {f.result(10) for f in [pool.submit(join_generation, store, 2) for _ in range(2)]}
-        again = [pool.submit(join_generation, store, 2)]
+        first = {f.result(10)[0] for f in [joining(pool, store, rank, 2) for rank in range(2)]}
+        again = [joining(pool, store, 1, 2)]
+        time.sleep(0.1)
         assert not again[0].done()
-        again.append(pool.submit(join_generation, store, 2))
-        second = {f.result(10) for f in again}
+        again.append(joining(pool, store, 0, 2))
+        second = {f.result(10)[0] for f in again}
     assert len(first) == len(second) == 1
     assert not first & second
+
+
+def test_nodes_that_are_missing_are_gone_without_and_taken_in_later():
+    store = Locked()
+    with ThreadPoolExecutor(4) as pool:
+        few = [joining(pool, store, rank, 4, wait_s=0.2) for rank in (0, 1, 3)]
+        assert {str(f.result(10)[1]) for f in few} == {"[0, 1, 3]"}
+        generation = few[0].result()[0]
+        late = joining(pool, store, 2, 4)
+        while store.add("generation", 0) == generation:  # by which the others know
+            time.sleep(0.01)
+        rest = [joining(pool, store, rank, 4, wait_s=5.0) for rank in (0, 1, 3)]
+        assert {str(f.result(10)) for f in [late, *rest]} == {str(late.result())}
+        assert late.result()[1] == [0, 1, 2, 3]
+
+
+def test_a_group_has_one_set_of_weights():
+    """Else the choices of a request could be of different ones."""
+    store, alone = dist.HashStore(), Broadcast(0, 1, None)
+    groups = [Group(Ranks(rank, 3, 0, 1, rank, "", 0), alone, store) for rank in range(3)]
+    groups[0].agree({"a": "1", "b": "2"})
+    groups[1].agree({"a": "1", "b": "2"})
+    with pytest.raises(StartupError, match=r"node 2 has other .*: b$"):
+        groups[2].agree({"a": "1", "b": "3"})
+    with pytest.raises(StartupError, match=r": b$"):
+        groups[2].agree({"a": "1"})
 
 
 # SIGTERM under a bare torchrun

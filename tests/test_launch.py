@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from nanogpt import options, preflight, process
+from nanogpt import network, options, preflight, process
 from nanogpt.config import PROJECT, ServeConfig
 from nanogpt.errors import StartupError
 from nanogpt.ranks import Ranks
@@ -48,10 +48,10 @@ def test_port_in_use_and_foreign_host_are_refused():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(StartupError, match=f"127.0.0.1:{port}.*--port"):
-            preflight.check_port("127.0.0.1", port)
-    preflight.check_port("127.0.0.1", port)
+            preflight.check_port("127.0.0.1", port, "--port")
+    preflight.check_port("127.0.0.1", port, "--port")
     with pytest.raises(StartupError, match="host"):
-        preflight.check_port("no such host", port)
+        preflight.check_port("no such host", port, "--port")
 
 
 def test_a_check_that_dies_without_a_word_refuses_the_reload(monkeypatch, tmp_path):
@@ -77,9 +77,27 @@ TORCHRUN = {
 
 
 def test_ranks_count_through_node_zero_first():
-    """torchrun may call node 1's processes 0 and 1: ours are numbered by node."""
-    assert Ranks.from_environment(TORCHRUN, node=0).rank == 1
-    assert Ranks.from_environment(TORCHRUN, node=1).rank == 3
+    """A bare torchrun may call node 1's processes 0 and 1: ours are numbered by node."""
+    assert Ranks.from_environment(TORCHRUN, node=0, nnodes=2).rank == 1
+    assert Ranks.from_environment(TORCHRUN, node=1, nnodes=2).rank == 3
+    with pytest.raises(StartupError, match="4 processes"):
+        Ranks.from_environment(TORCHRUN, node=0, nnodes=1)
+
+
+def test_ranks_whose_torchrun_knows_one_node_meet_at_the_endpoint():
+    one = {**TORCHRUN, "WORLD_SIZE": "2"}
+    ranks = Ranks.from_environment(one, node=1, nnodes=3, endpoint="[fd00::1]:29500")
+    assert (ranks.rank, ranks.world_size) == (3, 6)
+    assert (ranks.store_host, ranks.store_port) == ("fd00::1", 29500)
+    alone = Ranks.from_environment(one, node=0)
+    assert (alone.world_size, alone.store_host) == (2, "m")
+
+
+def test_the_interface_towards_an_address():
+    assert network.interface_towards("127.0.0.1") == "lo"
+    assert network.interface_towards("127.8.8.8") == "lo"
+    with pytest.raises(StartupError, match="no way to nowhere.invalid"):
+        preflight.interface(ServeConfig(nnodes=2, rdzv_endpoint="nowhere.invalid:1"))
 
 
 def test_without_torchrun_the_error_says_so():

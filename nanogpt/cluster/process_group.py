@@ -1,40 +1,99 @@
 """Joins this process to the others through torch.distributed."""
 
+import json
+import logging
+import os
+import threading
 import time
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from nanogpt.cluster.broadcast import GROUP_TIMEOUT, Broadcast, PeerLost
+from nanogpt.cluster.suspicion import PEER_LOST
+from nanogpt.errors import StartupError
 from nanogpt.ranks import Ranks
 
-STORE_TIMEOUT = timedelta(seconds=60)  # for torchrun's store to answer
+log = logging.getLogger(__name__)
+
+STORE_TIMEOUT = timedelta(seconds=60)  # for the store to answer
+LOADING_TIMEOUT = timedelta(hours=1)  # for rank 0 to have its models
 CONNECT_TIMEOUT = timedelta(seconds=10)  # for ranks that are all there to connect to each other
-LOOK_EVERY_S = 0.005
+SOON_S, LATER_S = 0.005, 0.1  # between two looks at who is there, at first and after a while
+WATCH_EVERY_S = 1.0
 
 
-def open_group(ranks: Ranks) -> Broadcast:
-    """The broadcast from rank 0, once all ranks are there. Call before any thread is started.
+class Group(NamedTuple):
+    """The processes that work together. `ranks` are the numbers in it: nodes that are missing have
+    none. `store` is None when the process is alone in the world."""
+
+    ranks: Ranks
+    broadcast: Broadcast
+    store: dist.Store | None = None
+
+    def agree(self, fingerprints: dict[str, str]) -> None:
+        """Raises StartupError when rank 0 has other models by the same name, or other names, since
+        a request must not get text of both; PeerLost when it does not tell."""
+        if self.store is None:
+            return
+        try:
+            if self.ranks.rank == 0:
+                self.store.set("models", json.dumps(fingerprints))
+                return
+            self.store.wait(["models"], LOADING_TIMEOUT)
+            first: dict[str, str] = json.loads(self.store.get("models"))
+        except RuntimeError as error:
+            raise PeerLost(f"rank 0 did not tell of its models: {error}") from error
+        other = sorted({name for name, _ in fingerprints.items() ^ first.items()})
+        if other:
+            raise StartupError(
+                f"node {self.ranks.node} has other weights, dtype or names than node 0: "
+                f"{', '.join(other)}"
+            )
+
+
+def open_group(ranks: Ranks, node_wait_s: float) -> Group:
+    """The group, once all ranks are there; when nodes are missing, those that are there after
+    `node_wait_s`. Call before any thread is started.
 
     One rank needs no network. Raises PeerLost when a rank goes while they connect.
     """
     if ranks.world_size == 1:
-        return Broadcast(0, 1, None)
+        return Group(ranks, Broadcast(0, 1, None))
     try:
-        return _connect(ranks)
+        return _connect(ranks, node_wait_s)
     except RuntimeError as error:  # torch's own errors are all of this kind
         raise PeerLost(f"the ranks could not connect: {error}") from error
 
 
-def _connect(ranks: Ranks) -> Broadcast:
-    store = dist.TCPStore(
-        ranks.store_host, ranks.store_port, is_master=False, timeout=STORE_TIMEOUT
+def _connect(ranks: Ranks, node_wait_s: float) -> Group:
+    has_nodes = ranks.world_size > ranks.local_world_size
+    store = _store(ranks)
+    generation, members = join_generation(
+        store, ranks.rank, ranks.world_size, node_wait_s if has_nodes else float("inf")
     )
-    generation = join_generation(store, ranks.world_size)
+    if len(members) < ranks.world_size:
+        log.error("going on with %d of %d ranks", len(members), ranks.world_size)
+    ranks = ranks._replace(rank=members.index(ranks.rank), world_size=len(members))
+    prefix = dist.PrefixStore(f"group {generation}", store)
+    broadcast = _broadcast(ranks, prefix)
+    if has_nodes:
+        _leave_with_generation(_store(ranks), generation)
+    return Group(ranks, broadcast, prefix)
+
+
+def _store(ranks: Ranks) -> dist.Store:
+    return dist.TCPStore(ranks.store_host, ranks.store_port, is_master=False, timeout=STORE_TIMEOUT)
+
+
+def _broadcast(ranks: Ranks, store: dist.Store) -> Broadcast:
+    if ranks.world_size == 1:
+        return Broadcast(0, 1, None)
     dist.init_process_group(
         "gloo",
-        store=dist.PrefixStore(f"group {generation}", store),
+        store=store,
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=CONNECT_TIMEOUT,
@@ -53,21 +112,48 @@ def _lifeline(ranks: Ranks) -> dist.Work | None:
     return dist.gather(torch.zeros(1), words, dst=0, group=group, async_op=True)
 
 
-def join_generation(store: dist.Store, world_size: int) -> int:
-    """Wait until `world_size` processes are in the same generation; its number.
+def join_generation(
+    store: dist.Store, rank: int, world_size: int, wait_s: float = float("inf")
+) -> tuple[int, list[int]]:
+    """Wait until all are in the same generation; its number, and who is in it, by rank.
 
-    torchrun's store outlives the ranks, so what a dead group left there must not be taken for news.
-    Each process that starts begins a generation, and whoever waits moves on to the latest. So the
-    one that is complete has no process in it that was replaced meanwhile.
+    The store outlives the ranks, so what a dead group left there must not be taken for news. Each
+    process that starts begins a generation, and whoever waits moves on to the latest. So the one
+    that is complete has no process in it that was replaced meanwhile. Rank 0 says when it is: with
+    all of `world_size`, or with those that are there after `wait_s` without news. Who comes later
+    begins another generation.
     """
-    store.add("generation", 1)
-    generation = 0
+    latest, generation, since = store.add("generation", 1), 0, 0.0
     while True:
-        latest = store.add("generation", 0)
+        now = time.monotonic()
         if latest != generation:
-            generation = latest
-            store.add(f"joined {generation}", 1)
-        elif store.add(f"joined {generation}", 0) >= world_size:
-            return generation
-        else:
-            time.sleep(LOOK_EVERY_S)
+            generation, since = latest, now
+            store.set(f"member {generation} {rank}", "")
+        if rank == 0:
+            there = [r for r in range(world_size) if store.check([f"member {generation} {r}"])]
+            if len(there) == world_size or now - since > wait_s:
+                store.set(f"members {generation}", json.dumps(there))
+        if store.check([f"members {generation}"]):
+            members: list[int] = json.loads(store.get(f"members {generation}"))
+            if rank in members:
+                return generation, members
+            latest = store.add("generation", 1)  # too late for this one
+            continue
+        time.sleep(min(LATER_S, max(SOON_S, (now - since) / 100)))
+        latest = store.add("generation", 0)
+
+
+def _leave_with_generation(store: dist.Store, generation: int) -> None:
+    """End this process when another generation has begun, or the store is gone: where a network
+    was cut for a while, no connection tells that the group is over."""
+
+    def watch() -> None:
+        try:
+            while store.add("generation", 0) == generation:
+                time.sleep(WATCH_EVERY_S)
+            log.error("another group has begun")
+        except RuntimeError as error:
+            log.error("the store of node 0 is gone: %s", error)
+        os._exit(PEER_LOST)
+
+    threading.Thread(target=watch, name="generation", daemon=True).start()
