@@ -46,7 +46,9 @@ from nanogpt.cluster.keeper import LOCK, OWNER_VARIABLE
 from nanogpt.config import HttpConfig, Role, ServeConfig
 from nanogpt.errors import ApiError, InvalidRequest, StartupError, UnsupportedMediaType
 from nanogpt.jobs.announce import Announcer, Listener
-from nanogpt.jobs.sqlite import open_store
+from nanogpt.jobs.redis import RedisStore
+from nanogpt.jobs.shared import open_shared
+from nanogpt.jobs.sqlite import SqliteStore, open_store
 from nanogpt.jobs.store import Store, StoreUnavailable
 from nanogpt.jobs_config import JobsConfig
 from nanogpt.registry import ModelCard, ModelInfo, read_cards
@@ -79,8 +81,7 @@ def create_app(
     announcer: Announcer | None = None,
 ) -> flask.Flask:
     """The application. `clock` gives the seconds since the epoch that answers carry; `jobs` is what
-    keeps work for later, and is closed with the Service. With a role beside "all", or an
-    `announcer`, other servers share them."""
+    keeps work for later, and is closed with the Service."""
     app = flask.Flask("nanogpt", static_folder=None)
     # One byte more than allowed: a body in chunks is cut there in silence, so _body can see it.
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_mib * 2**20 + 1
@@ -102,7 +103,6 @@ def create_app(
             cards=cards,
             max_body_bytes=settings.max_body_mib * 2**20,
             clock=clock,
-            shared=role != "all" or announcer is not None,
             announcer=announcer,
         )
         if role != "worker":
@@ -445,17 +445,10 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _store(config: ServeConfig) -> Store:
+def _store(config: ServeConfig) -> SqliteStore | RedisStore:
     """Where jobs are kept. Raises StartupError, ConfigError."""
     if config.queue.url:
-        from nanogpt.jobs.redis import RedisStore  # not needed on one machine
-
-        return RedisStore(
-            config.queue.url,
-            max_queued=config.jobs.max_queued,
-            max_bytes=config.jobs.max_store_mb * 10**6,
-            namespace=config.queue.name,
-        )
+        return open_shared(config.queue, config.jobs)
     return open_store(config.jobs, config.jobs.directory(config.port))
 
 
@@ -463,7 +456,7 @@ def _admission(config: ServeConfig) -> Admission:
     """Web servers of one queue share the limits, by the same Redis unless another is named."""
     table = config.admission
     if config.queue.url and not table.redis_url:
-        table = msgspec.structs.replace(table, redis_url=config.queue.url)
+        table = msgspec.structs.replace(table, redis_url=config.queue.redis_url)
     return Admission(table, os.environ)
 
 
@@ -473,32 +466,28 @@ def _check(config: ServeConfig) -> None:
     _admission(config).close()
     store = _store(config)
     try:
-        store.counts()
-        if config.queue.url and not store.is_durable():  # type: ignore[attr-defined]
-            log.warning(
-                "this Redis may lose what was accepted in its last second or more: set "
-                "appendonly yes and appendfsync always"
-            )
+        store.check()
     except StoreUnavailable as error:
         log.error("%s", error)
     finally:
         store.close()
 
 
-def _announcer(config: ServeConfig, store: Store, cluster: Cluster) -> Announcer | None:
-    if not config.queue.url or config.role == "web":
+def _announcer(
+    config: ServeConfig, store: SqliteStore | RedisStore, cluster: Cluster
+) -> Announcer | None:
+    if isinstance(store, SqliteStore) or config.role == "web":
         return None
 
     def models() -> Mapping[str, ModelInfo]:
         return cluster.models() if cluster.ready() else {}
 
-    link = store.link  # type: ignore[attr-defined]  # of the store in Redis
-    return Announcer(link, config.queue.name, models, lambda: cluster.status().ranks)
+    return Announcer(store.link, config.queue.name, models, lambda: cluster.status().ranks)
 
 
-def _remote(config: ServeConfig, store: Store) -> Cluster:
+def _remote(config: ServeConfig, store: RedisStore) -> Cluster:
     """The clusters behind the queue."""
-    listener = Listener(store.link, config.queue.name)  # type: ignore[attr-defined]
+    listener = Listener(store.link, config.queue.name)
     cluster = RemoteCluster(store, listener, max_outstanding=config.cluster.max_outstanding)
     cluster.start()
     return cluster
@@ -546,7 +535,10 @@ def main(argv: list[str]) -> int:
                 config.host,
             )
         store = _store(config)
-        cluster = _remote(config, store) if is_web else _local(config, run_dir, host)
+        if isinstance(store, RedisStore) and is_web:
+            cluster = _remote(config, store)
+        else:
+            cluster = _local(config, run_dir, host)
         directory = run_dir.path if config.queue.url else config.jobs.directory(config.port)
         return create_app(
             cluster,

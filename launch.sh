@@ -5,7 +5,8 @@ root=$(dirname "$(readlink -f "$0")")
 # A web server needs no torch; whoever has a queue needs the client of Redis.
 extra=
 case " ${NANOGPT_QUEUE_URL:+--queue} $* " in *" --queue"[\ =]*) extra=redis ;; esac
-case " --role ${NANOGPT_ROLE:-} $* " in *" --role web "* | *" --role=web "*) extra=web ;; esac
+case " ${NANOGPT_QUEUE_URL:-} $* " in *[\ =]sqs:* | *[\ =]sqs+http:*) extra=sqs ;; esac
+case " --role ${NANOGPT_ROLE:-} $* " in *" --role web "* | *" --role=web "*) extra=web${extra#redis} ;; esac
 "$root/dev/setup.sh" $extra
 unset PYTHONDONTWRITEBYTECODE
 exec "$root/.venv/bin/python" -m nanogpt.launch "$@"

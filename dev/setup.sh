@@ -2,7 +2,8 @@
 # Set-up for ./launch.sh and ./tests/run: a virtual environment with the pinned dependencies, and
 # the C++ kernels. Does nothing, without touching the network, when it has been done before.
 #
-#   dev/setup.sh [test|redis|web]     web: only what web servers need, without torch and kernels
+#   dev/setup.sh [test|redis|sqs|web|websqs]   web: only what web servers need, without torch and
+#                           kernels; sqs: for a queue there
 #                           PYTHON=python3.12 chooses the interpreter (3.11 or later)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -40,7 +41,8 @@ stamp="$venv/.installed-${extra:-run}-$stamp"
 if [ ! -e "$stamp" ]; then
     echo "installing the pinned dependencies (once; minutes)" >&2
     what=(--editable ".${extra:+[$extra]}")
-    [ "$extra" != web ] || what=(--requirement configs/deploy/web-requirements.txt)
+    case "$extra" in web*) what=(--requirement configs/deploy/web-requirements.txt) ;; esac
+    [ "$extra" != websqs ] || what+=(boto3)
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
         --constraint constraints.txt "${what[@]}" \
         || fail "the dependencies could not be installed; see above"
@@ -59,7 +61,7 @@ if [ "$extra" = test ] && command -v npm >/dev/null; then
     fi
 fi
 
-[ "$extra" != web ] || exit 0
+case "$extra" in web*) exit 0 ;; esac
 kernels=$(cat nanogpt/engine/cpu/*.cpp nanogpt/engine/cpu/*.h nanogpt/engine/cpu/build.py <(
     grep -m 1 flags /proc/cpuinfo) "$stamp" | sha256sum | cut -c1-16)
 kernels="$venv/.kernels-$kernels"

@@ -2,6 +2,7 @@
 and what web servers and clusters on different machines share."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -10,17 +11,64 @@ from msgspec import Meta
 from nanogpt.errors import ConfigError
 from nanogpt.section import Section
 
+_REDIS = ("redis://", "rediss://", "unix://")
+# An account is 12 digits at Amazon; stand-ins have others. Lanes add up to 11 characters to a name
+# of at most 80.
+SQS_URL = re.compile(
+    r"sqs(?P<plain>\+http)?://(?P<host>[A-Za-z0-9.-]+(:\d+)?)/(?P<account>[A-Za-z0-9-]+)/"
+    r"(?P<name>[A-Za-z0-9_-]{1,69})(\?region=(?P<region>[a-z0-9-]+))?"
+)
+
 
 class QueueConfig(Section, frozen=True, kw_only=True):
     """Where web servers leave work for clusters; they must name the same."""
 
     url: str = ""  # redis://HOST:PORT/DB, or rediss:// with TLS; empty: none, one machine
+    # With sqs://HOST/ACCOUNT/NAME in url: the redis:// where jobs and their results are kept.
+    results: str = ""
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "nanogpt"  # in its keys
 
     def __post_init__(self) -> None:
-        if self.url and not self.url.startswith(("redis://", "rediss://", "unix://")):
-            # The URL may hold a password, so it is not repeated.
-            raise ValueError("queue.url must be redis://HOST:PORT/DB (or rediss://, unix://PATH)")
+        # URLs may hold a password, so they are not repeated.
+        if self.is_sqs:
+            self._check_sqs()
+        elif self.url and not self.url.startswith(_REDIS):
+            hint = "; write sqs:// in place of https://" if "sqs" in self.url else ""
+            raise ValueError(
+                "queue.url must be redis://HOST:PORT/DB (or rediss://, unix://PATH), or "
+                f"sqs://HOST/ACCOUNT/NAME{hint}"
+            )
+        elif self.results:
+            raise ValueError("queue.results is only for a queue in SQS; Redis keeps them itself")
+
+    def _check_sqs(self) -> None:
+        if "@" in self.url:
+            raise ValueError(
+                "queue.url must not hold credentials: boto3 finds them in the environment, in "
+                "~/.aws, or in the role of the machine"
+            )
+        if self.url.partition("?")[0].endswith(".fifo"):
+            raise ValueError("queue.url must name standard queues: FIFO ones hold up other jobs")
+        if not SQS_URL.fullmatch(self.url):
+            raise ValueError(
+                "queue.url must be sqs://HOST/ACCOUNT/NAME, such as "
+                "sqs://sqs.eu-west-1.amazonaws.com/123456789012/completions, with ?region=REGION "
+                "where the host does not tell it (sqs+http:// is without TLS)"
+            )
+        if not self.results.startswith(_REDIS):
+            raise ValueError(
+                "a queue in SQS needs a Redis that keeps jobs and results: "
+                "--results redis://HOST:PORT/DB"
+            )
+
+    @property
+    def is_sqs(self) -> bool:
+        return self.url.startswith(("sqs:", "sqs+http:"))
+
+    @property
+    def redis_url(self) -> str:
+        """Of the Redis that web servers and clusters share; empty on one machine."""
+        return self.results if self.is_sqs else self.url
 
 
 class JobsConfig(Section, frozen=True, kw_only=True):

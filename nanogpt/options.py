@@ -53,7 +53,12 @@ def parser() -> argparse.ArgumentParser:
         "worker: models only. Web servers and workers find each other through --queue",
     )
     p.add_argument(
-        "--queue", metavar="URL", help="redis://HOST:PORT/DB that web servers and workers share"
+        "--queue",
+        metavar="URL",
+        help="what web servers and workers share: redis://HOST:PORT/DB or sqs://HOST/ACCOUNT/NAME",
+    )
+    p.add_argument(
+        "--results", metavar="URL", help="with --queue sqs://...: redis://HOST:PORT/DB for results"
     )
     p.add_argument("--host", help="address to listen on (127.0.0.1)")
     p.add_argument("--port", help="port to listen on (8000)")
@@ -79,8 +84,9 @@ def parse(argv: Sequence[str], environ: dict[str, str] | None = None) -> ServeCo
     """Options, variables and file as one configuration. Raises ConfigError."""
     given: dict[str, Any] = vars(parser().parse_args(argv))
     file = given.pop("config", None)
-    if "queue" in given:
-        given["queue"] = {"url": given["queue"]}
+    shared = {"url": given.pop("queue", None), "results": given.pop("results", None)}
+    if shared := {name: url for name, url in shared.items() if url is not None}:
+        given["queue"] = shared
     return config.load(given, dict(os.environ) if environ is None else environ, file)
 
 

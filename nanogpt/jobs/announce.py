@@ -21,7 +21,7 @@ from typing import NamedTuple
 import msgspec
 
 from nanogpt.bpe_files import read_bpe_files
-from nanogpt.jobs.redis_link import Link
+from nanogpt.jobs.redis_link import Link, pairs
 from nanogpt.jobs.store import StoreUnavailable
 from nanogpt.registry import ModelInfo
 from nanogpt.tokenizer import Tokenizer, gpt2_files, load_tokenizer
@@ -99,7 +99,7 @@ class Announcer:
             commands.append(("SADD", f"{p}:models", info.name))
         commands.append(("SET", f"{p}:cluster:{self._name}", self._ranks(), "EX", ALIVE_S))
         commands.append(("SADD", f"{p}:clusters", self._name))
-        _checked(self._link.commands(*commands))
+        self._link.each(*commands)
 
     def _tell_vocabulary(self, directory: str) -> str:
         if directory not in self._vocabularies:
@@ -110,7 +110,7 @@ class Announcer:
         key = f"{self._prefix}:tokenizer:{name}"
         if not self._link.command("EXPIRE", key, 2 * OFFERED_S):
             fields = (part for file in files.items() for part in file)
-            _checked(self._link.commands(("HSET", key, *fields), ("EXPIRE", key, 2 * OFFERED_S)))
+            self._link.each(("HSET", key, *fields), ("EXPIRE", key, 2 * OFFERED_S))
         return name
 
 
@@ -126,10 +126,9 @@ class Listener:
         """As it is now; the tokenizers of its models are there. Raises StoreUnavailable;
         CheckpointError for a vocabulary that is none."""
         p = self._prefix
-        names, clusters = self._link.commands(
+        names, clusters = self._link.each(
             ("SMEMBERS", f"{p}:models"), ("SMEMBERS", f"{p}:clusters")
         )
-        _checked([names, clusters])
         models = self._existing("model", names)
         offers = [msgspec.json.decode(text, type=_Offer) for text in models]
         for offer in offers:
@@ -141,28 +140,21 @@ class Listener:
 
     def _existing(self, kind: str, names: Iterable[bytes]) -> list[bytes]:
         """The values of those that are still there; the others are struck off."""
-        found = []
-        for name in sorted(names):
-            value = self._link.command("GET", f"{self._prefix}:{kind}:{name.decode()}")
-            if value is None:
-                self._link.command("SREM", f"{self._prefix}:{kind}s", name)
-            else:
-                found.append(value)
-        return found
+        names = sorted(names)
+        if not names:
+            return []
+        values = self._link.command("MGET", *(f"{self._prefix}:{kind}:{n.decode()}" for n in names))
+        gone = [name for name, value in zip(names, values, strict=True) if value is None]
+        if gone:
+            self._link.command("SREM", f"{self._prefix}:{kind}s", *gone)
+        return [value for value in values if value is not None]
 
     def _load(self, offer: _Offer) -> Tokenizer:
         spec = offer.info.tokenizer
         if not offer.vocabulary:
             return load_tokenizer(spec)
         flat = self._link.command("HGETALL", f"{self._prefix}:tokenizer:{offer.vocabulary}")
-        pairs = flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
         with tempfile.TemporaryDirectory(prefix="nanogpt-vocabulary-") as directory:
-            for name, content in pairs:
-                (Path(directory) / Path(name.decode()).name).write_bytes(content)
+            for name, content in pairs(flat):
+                (Path(directory) / Path(name).name).write_bytes(content)
             return load_tokenizer(msgspec.structs.replace(spec, directory=directory))
-
-
-def _checked(answers: list[object]) -> None:
-    for answer in answers:
-        if isinstance(answer, Exception):
-            raise StoreUnavailable(f"the queue can't be used now ({answer})", retry_after=5)

@@ -16,15 +16,24 @@ from typing import Any
 
 import msgspec
 
-from nanogpt.errors import Unavailable
 from nanogpt.jobs import redis_scripts as scripts
-from nanogpt.jobs.redis_link import Link, MaybeDone
-from nanogpt.jobs.store import Count, Job, Kind, Lane, Status, StoreUnavailable, Verdict
+from nanogpt.jobs.redis_link import Link, MaybeDone, pairs, text
+from nanogpt.jobs.store import (
+    CROWDED,
+    SWEEP_JOBS,
+    Count,
+    Job,
+    Kind,
+    Lane,
+    Status,
+    StoreUnavailable,
+    Verdict,
+    too_large,
+    too_many,
+)
 
 log = logging.getLogger(__name__)
 
-SWEEP_JOBS = 1000  # at once, so that others get a turn
-CROWDED = 0.9  # of max_bytes: above it, answers kept only for a repeat of their request make room
 OVERHEAD_BYTES = 1000  # of a job, in keys and indices
 BLOCK_S = 1.0  # how long one command waits for news
 AGAIN_S = 0.1  # between attempts of a write whose answer got lost
@@ -38,6 +47,8 @@ _encode = msgspec.msgpack.Encoder().encode
 class RedisStore:
     """See Store. `namespace` tells apart what shares a Redis; `clock` is for tests. Does not
     connect yet. Raises ConfigError."""
+
+    shared = True
 
     def __init__(
         self,
@@ -61,6 +72,15 @@ class RedisStore:
         """For what else the servers tell each other there."""
         return self._link
 
+    def check(self) -> None:
+        """That it can be used as it is configured. Raises StoreUnavailable."""
+        self.counts()
+        if not self.is_durable():
+            log.warning(
+                "this Redis may lose what was accepted in its last second or more: set "
+                "appendonly yes and appendfsync always"
+            )
+
     def is_durable(self) -> bool:
         """Whether Redis has written to its disk what it answers; true also where it does not say,
         as with some that are rented. Raises StoreUnavailable."""
@@ -71,7 +91,7 @@ class RedisStore:
         for answer in answers:
             if isinstance(answer, Exception):
                 return True
-            known.update(_pairs(answer))
+            known.update(pairs(answer))
         return known == {"appendonly": b"yes", "appendfsync": b"always"} or not known
 
     def _key(self, *names: str) -> str:
@@ -127,18 +147,12 @@ class RedisStore:
         )
         if answer is None:
             return job
-        if answer[0] == b"queued":
-            raise Unavailable(
-                f"{answer[1]} jobs are queued, the limit is {self._max_queued}; try again later",
-                retry_after=10,
-            )
-        if answer[0] == b"bytes":
-            raise Unavailable(
-                f"stored completions and batches take more than {self._max_bytes // 10**6} MB; "
-                "delete some, or wait until they expire",
-                retry_after=60,
-            )
-        known = _read(answer)
+        found, more = answer
+        if found == b"queued":
+            raise too_many(more, self._max_queued)
+        if found == b"bytes":
+            raise too_large(self._max_bytes)
+        known = read_job(more)
         assert known is not None
         return known
 
@@ -147,7 +161,7 @@ class RedisStore:
         while True:
             answer = self._run(scripts.CLAIM, int(last), lease_s)
             if isinstance(answer, list):
-                return _read(answer)
+                return read_job(answer)
             left = end - time.monotonic()
             if left <= 0:
                 return None
@@ -163,7 +177,7 @@ class RedisStore:
             return {}
         pairs = (word for pair in held.items() for word in pair)
         answer = self._surely(scripts.RENEW, lease_s, *pairs)
-        return {job_id: _text(found) for job_id, found in zip(held, answer, strict=True)}
+        return {job_id: text(found) for job_id, found in zip(held, answer, strict=True)}
 
     def append(
         self, job_id: str, fence: int, records: Sequence[bytes], state: bytes | None = None
@@ -174,7 +188,7 @@ class RedisStore:
             )
         except MaybeDone:
             return self._give_up(job_id)
-        return _text(answer)
+        return text(answer)
 
     def _give_up(self, job_id: str) -> Verdict:
         """What the job has is not known here, so nobody may go on from here: whoever gets the
@@ -211,10 +225,12 @@ class RedisStore:
         return bool(answer)
 
     def get(self, job_id: str) -> Job | None:
-        return self._again(lambda: _read(self._link.command("HGETALL", self._key("job", job_id))))
+        return self._again(
+            lambda: read_job(self._link.command("HGETALL", self._key("job", job_id)))
+        )
 
     def find(self, once: str) -> Job | None:
-        return self._again(lambda: _read(self._run(scripts.FIND, once)))
+        return self._again(lambda: read_job(self._run(scripts.FIND, once)))
 
     def read(
         self, job_id: str, after: int, timeout_s: float = 0.0, limit: int = 1000
@@ -232,18 +248,14 @@ class RedisStore:
         self, job_id: str, stream: str, after: int, limit: int
     ) -> tuple[Job | None, list[bytes]]:
         # The job first: when it has ended, all of its records are there.
-        answers = self._link.commands(
+        fields, entries = self._link.each(
             ("HGETALL", self._key("job", job_id)),
             ("XRANGE", stream, f"(0-{after}", "1-0", "COUNT", limit),
         )
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise StoreUnavailable(f"the queue can't be read: {answer}", retry_after=5)
-        fields, entries = answers
-        return _read(fields), [entry[1][1] for entry in entries]
+        return read_job(fields), [entry[1][1] for entry in entries]
 
     def cancel(self, job_id: str) -> Job | None:
-        return _read(self._surely(scripts.CANCEL, job_id))
+        return read_job(self._surely(scripts.CANCEL, job_id))
 
     def delete(self, job_id: str) -> bool:
         return bool(self._surely(scripts.DELETE, job_id))
@@ -267,13 +279,13 @@ class RedisStore:
         ids = self._link.command(order, index, first, last, "LIMIT", 0, limit)
         if not ids:
             return []
-        found = self._link.commands(*(("HGETALL", self._key("job", _text(i))) for i in ids))
-        return [job for fields in found if (job := _read(fields)) is not None]
+        found = self._link.each(*(("HGETALL", self._key("job", text(i))) for i in ids))
+        return [job for fields in found if (job := read_job(fields)) is not None]
 
     def counts(self) -> list[Count]:
         flat = self._again(lambda: self._link.command("HGETALL", self._key("counts")))
         found = []
-        for name, jobs in _pairs(flat):
+        for name, jobs in pairs(flat):
             lane, status = name.split(":")
             if int(jobs):
                 found.append(Count(Lane(int(lane)), _status(status), int(jobs)))
@@ -281,7 +293,7 @@ class RedisStore:
 
     def sweep(self) -> list[str]:
         crowded = int(CROWDED * self._max_bytes)
-        return [_text(gone) for gone in self._surely(scripts.SWEEP, SWEEP_JOBS, crowded)]
+        return [text(gone) for gone in self._surely(scripts.SWEEP, SWEEP_JOBS, crowded)]
 
 
 def _token() -> tuple[str]:
@@ -292,27 +304,15 @@ def _optional(state: bytes | None) -> tuple[int, bytes]:
     return (0, b"") if state is None else (1, state)
 
 
-def _text(word: Any) -> Any:
-    return word.decode() if isinstance(word, bytes) else word
+def _status(name: str) -> Status:
+    return msgspec.convert(name, Status)
 
 
-def _pairs(flat: Any) -> list[tuple[str, bytes]]:
-    """Of a hash, as either version of the protocol gives it."""
-    pairs = flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
-    return [(_text(name), value) for name, value in pairs]
-
-
-def _status(text: str) -> Status:
-    return msgspec.convert(text, Status)
-
-
-def _read(flat: Any) -> Job | None:
-    """The job with these fields; None without any. Raises StoreUnavailable for an error."""
-    if isinstance(flat, Exception):
-        raise StoreUnavailable(f"the queue can't be read: {flat}", retry_after=5)
+def read_job(flat: Any) -> Job | None:
+    """The job with these fields; None without any."""
     if not flat:
         return None
-    fields = dict(_pairs(flat))
+    fields = dict(pairs(flat))
 
     def number(name: str) -> float | None:
         return float(fields[name]) if name in fields else None
@@ -320,7 +320,7 @@ def _read(flat: Any) -> Job | None:
     spec = _jobs.decode(fields["spec"])
     return msgspec.structs.replace(
         spec,
-        status=_status(_text(fields["status"])),
+        status=_status(text(fields["status"])),
         fence=int(fields.get("fence", 0)),
         tries=int(fields.get("tries", 0)),
         cancelled=number("cancelled"),

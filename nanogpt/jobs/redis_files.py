@@ -17,7 +17,6 @@ from nanogpt.errors import NotFound
 from nanogpt.jobs.files import Files, Upload
 from nanogpt.jobs.redis import RedisStore
 from nanogpt.jobs.redis_link import Link
-from nanogpt.jobs.store import StoreUnavailable
 
 PIECE_BYTES = 2**20
 ORPHAN_S = 3600  # after this, content that did not get there whole is gone
@@ -52,17 +51,12 @@ class RedisFiles(Files):
         with upload.path.open("rb") as file:
             self._link.command("DEL", key)
             while piece := file.read(PIECE_BYTES):
-                self._do(("RPUSH", key, piece), ("EXPIRE", key, ORPHAN_S))
-        self._do(
+                self._link.each(("RPUSH", key, piece), ("EXPIRE", key, ORPHAN_S))
+        self._link.each(
             ("HSET", f"{self._prefix}:contents", file_id, upload.bytes),
             ("INCRBY", f"{self._prefix}:file-bytes", upload.bytes),
             ("PERSIST", key),
         )
-
-    def _do(self, *commands: tuple[Any, ...]) -> None:
-        for answer in self._link.commands(*commands):
-            if isinstance(answer, Exception):
-                raise StoreUnavailable(f"the file can't be kept: {answer}", retry_after=30)
 
     def open(self, file_id: str) -> BinaryIO:
         """Raises NotFound; StoreUnavailable, also while it is read."""

@@ -54,15 +54,15 @@ class Link:
         (answer,) = self.commands(("EVALSHA", digest, 1, key, *arguments))
         if isinstance(answer, self._missing):
             (answer,) = self.commands(("EVAL", text, 1, key, *arguments))
-        return self._checked(answer)
+        return _checked(answer)
 
     def command(self, *words: bytes | str | int | float) -> Any:
-        return self._checked(self.commands(words)[0])
+        return self.each(words)[0]
 
-    def _checked(self, answer: Any) -> Any:
-        if isinstance(answer, Exception):
-            raise _unavailable(answer) from answer
-        return answer
+    def each(self, *commands: Sequence[bytes | str | int | float]) -> list[Any]:
+        """The answers. Raises StoreUnavailable for an error among them; the other commands were
+        carried out then."""
+        return [_checked(answer) for answer in self.commands(*commands)]
 
     def commands(self, *commands: Sequence[bytes | str | int | float]) -> list[Any]:
         """The answers, of which some may be errors. Raises StoreUnavailable when nothing was done,
@@ -90,6 +90,23 @@ class Link:
             raise
         except self._error as error:
             return error
+
+
+def pairs(flat: Any) -> list[tuple[str, bytes]]:
+    """Of a hash, as either version of the protocol gives it."""
+    found = flat.items() if isinstance(flat, dict) else zip(flat[::2], flat[1::2], strict=True)
+    return [(text(name), value) for name, value in found]
+
+
+def text(word: Any) -> Any:
+    """A word of an answer."""
+    return word.decode() if isinstance(word, bytes) else word
+
+
+def _checked(answer: Any) -> Any:
+    if isinstance(answer, Exception):
+        raise _unavailable(answer) from answer
+    return answer
 
 
 def _unavailable(error: Exception) -> StoreUnavailable:

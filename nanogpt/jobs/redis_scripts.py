@@ -6,6 +6,7 @@ Keys below the prefix P (KEYS[1], braces included, so that a Redis cluster keeps
     P:records:ID   stream   record number i has the id 0-(i+1); 1-1 marks the end of the job
     P:queue:LANE   sorted   jobs that can be claimed, by their number
     P:leases       sorted   jobs that are held, by the end of the lease
+    P:sent         sorted   with SQS: jobs of which it has a message; see sqs_scripts.py
     P:ended        sorted   jobs that have ended, by when they are forgotten
     P:repeats      sorted   those of them that only answer a repeat of their request
     P:list:KIND, P:list:KIND:OWNER   sorted, by number, for pages
@@ -20,7 +21,7 @@ is noticed by the next claim, which puts the job back to its place in the queue.
 
 from nanogpt.jobs.store import ONCE_S
 
-_COMMON = (
+COMMON = (
     """
 local P = KEYS[1]
 local now = tonumber(ARGV[1])
@@ -45,11 +46,30 @@ end
 local function queue(id)
     local lane, number = unpack(redis.call('HMGET', job(id), 'lane', 'number'))
     redis.call('ZREM', P .. ':leases', id)
+    redis.call('ZREM', P .. ':sent', id)
     redis.call('ZADD', P .. ':queue:' .. lane, number, id)
 end
 local function unqueue(id)
     redis.call('ZREM', P .. ':leases', id)
+    redis.call('ZREM', P .. ':sent', id)
     redis.call('ZREM', P .. ':queue:' .. field(id, 'lane'), id)
+end
+local function queue_expired()
+    local found = redis.call('ZRANGEBYSCORE', P .. ':leases', '-inf', now, 'LIMIT', 0, 1000)
+    for _, id in ipairs(found) do queue(id) end
+    return found
+end
+local function hold(id, lease)
+    unqueue(id)
+    redis.call('ZADD', P .. ':leases', now + lease, id)
+end
+local function take(id, lease)
+    hold(id, lease)
+    set_status(id, 'in_progress')
+    redis.call('HINCRBY', job(id), 'fence', 1)
+    redis.call('HINCRBY', job(id), 'tries', 1)
+    redis.call('HSETNX', job(id), 'started', now)
+    return whole(id)
 end
 local function grow(id, bytes)
     redis.call('HINCRBY', job(id), 'bytes', bytes)
@@ -113,15 +133,16 @@ end
 )
 
 # ARGV: id, kind, owner, lane, created, keep, once, status, spec, size, most queued, most bytes.
-# Returns nil, the fields of the job that is there already, or what there is too much of.
+# Returns nil; or 'known' and the fields of the job that is there already; or what there is too much
+# of.
 PUT = (
-    _COMMON
+    COMMON
     + """
 local id, kind, owner, lane, created, keep, once, status, spec, size, most, bytes =
     unpack(ARGV, 2, 13)
-if redis.call('EXISTS', job(id)) == 1 then return whole(id) end
+if redis.call('EXISTS', job(id)) == 1 then return {'known', whole(id)} end
 local known = named(once)
-if known then return whole(known) end
+if known then return {'known', whole(known)} end
 if status == 'queued' then
     local open = 0
     local counts = redis.call('HGETALL', P .. ':counts')
@@ -153,22 +174,12 @@ return nil
 
 # ARGV: last lane, lease in seconds. Returns the job's fields, or the last id of the wake stream.
 CLAIM = (
-    _COMMON
+    COMMON
     + """
-for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. ':leases', '-inf', now, 'LIMIT', 0, 1000)) do
-    queue(id)
-end
+queue_expired()
 for lane = 0, tonumber(ARGV[2]) do
     local id = redis.call('ZRANGE', P .. ':queue:' .. lane, 0, 0)[1]
-    if id then
-        redis.call('ZREM', P .. ':queue:' .. lane, id)
-        set_status(id, 'in_progress')
-        redis.call('HINCRBY', job(id), 'fence', 1)
-        redis.call('HINCRBY', job(id), 'tries', 1)
-        redis.call('HSETNX', job(id), 'started', now)
-        redis.call('ZADD', P .. ':leases', now + tonumber(ARGV[3]), id)
-        return whole(id)
-    end
+    if id then return take(id, tonumber(ARGV[3])) end
 end
 local last = redis.call('XREVRANGE', P .. ':wake', '+', '-', 'COUNT', 1)[1]
 return last and last[1] or '0-0'
@@ -177,7 +188,7 @@ return last and last[1] or '0-0'
 
 # ARGV: lease in seconds, then id and fence of each. Returns the verdicts.
 RENEW = (
-    _COMMON
+    COMMON
     + """
 local verdicts, lease = {}, tonumber(ARGV[2])
 for i = 3, #ARGV, 2 do
@@ -185,8 +196,7 @@ for i = 3, #ARGV, 2 do
     local found = verdict(id, ARGV[i + 1])
     verdicts[#verdicts + 1] = found
     if found ~= 'lost' and lease > 0 then
-        redis.call('ZREM', P .. ':queue:' .. field(id, 'lane'), id)
-        redis.call('ZADD', P .. ':leases', now + lease, id)
+        hold(id, lease)
     elseif found ~= 'lost' then
         redis.call('HSET', job(id), 'tries', 0)
         queue(id)
@@ -200,7 +210,7 @@ return verdicts
 # ARGV: id, fence, token of this write, "1" with a state, the state, records. A write whose answer
 # was lost is made again with its token, and then changes nothing.
 APPEND = (
-    _COMMON
+    COMMON
     + """
 local id, fence, token = ARGV[2], ARGV[3], ARGV[4]
 local found = verdict(id, fence)
@@ -214,7 +224,7 @@ return found
 # ARGV: id, fence, token, "1" with a state, the state, status, result, "1" to forget the records,
 # records. Returns 1 when this write has ended the job.
 COMPLETE = (
-    _COMMON
+    COMMON
     + """
 local id, fence, token = ARGV[2], ARGV[3], ARGV[4]
 if redis.call('EXISTS', job(id)) == 1 and field(id, 'token') == token then return 1 end
@@ -228,7 +238,7 @@ return 1
 )
 
 CANCEL = (
-    _COMMON
+    COMMON
     + """
 local id = ARGV[2]
 local status = field(id, 'status')
@@ -242,10 +252,10 @@ return whole(id)
 """
 )
 
-DELETE = _COMMON + "return forget(ARGV[2])"
+DELETE = COMMON + "return forget(ARGV[2])"
 
 FIND = (
-    _COMMON
+    COMMON
     + """
 local id = named(ARGV[2])
 return id and whole(id)
@@ -254,7 +264,7 @@ return id and whole(id)
 
 # ARGV: how many at once, bytes above which repeats make room. Returns the ids that are gone.
 SWEEP = (
-    _COMMON
+    COMMON
     + """
 local gone = redis.call('ZRANGEBYSCORE', P .. ':ended', '-inf', now, 'LIMIT', 0, ARGV[2])
 if #gone == 0 and tonumber(redis.call('GET', P .. ':bytes') or 0) > tonumber(ARGV[3]) then

@@ -13,14 +13,23 @@ from typing import Any
 
 import msgspec
 
-from nanogpt.errors import Unavailable
 from nanogpt.jobs.database import Database
-from nanogpt.jobs.store import ONCE_S, Count, Job, Kind, Lane, Status, Verdict
+from nanogpt.jobs.store import (
+    CROWDED,
+    ONCE_S,
+    SWEEP_JOBS,
+    Count,
+    Job,
+    Kind,
+    Lane,
+    Status,
+    Verdict,
+    too_large,
+    too_many,
+)
 from nanogpt.jobs_config import JobsConfig
 
 VERSION = 1  # of the tables below
-SWEEP_ROWS = 1000  # at once, so that others get a turn
-CROWDED = 0.9  # of max_bytes: above it, answers kept only for a repeat of their request make room
 _TABLES = """
 CREATE TABLE jobs (
     n INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, kind TEXT NOT NULL,
@@ -55,6 +64,8 @@ def open_store(config: JobsConfig, directory: Path) -> "SqliteStore":
 class SqliteStore:
     """See Store. Raises StartupError when the directory can't be used."""
 
+    shared = False
+
     def __init__(
         self,
         directory: Path,
@@ -68,6 +79,10 @@ class SqliteStore:
         with contextlib.suppress(sqlite3.Error):  # on a full disk: they run out by themselves
             self._db.execute("UPDATE jobs SET lease_until = 0 WHERE status = 'in_progress'")
         self.close = self._db.close
+
+    def check(self) -> None:
+        """That it can be read. Raises StoreUnavailable."""
+        self.counts()
 
     def put(self, job: Job) -> Job:
         def change(db: sqlite3.Connection) -> Job:
@@ -91,16 +106,9 @@ class SqliteStore:
         if not job.ended:
             (queued,) = db.execute(f"SELECT count(*) FROM jobs WHERE {_OPEN}").fetchone()
             if queued >= self._max_queued:
-                raise Unavailable(
-                    f"{queued} jobs are queued, the limit is {self._max_queued}; try again later",
-                    retry_after=10,
-                )
+                raise too_many(queued, self._max_queued)
         if _used_bytes(db) > self._max_bytes:
-            raise Unavailable(
-                f"stored completions and batches take more than {self._max_bytes // 10**6} MB; "
-                "delete some, or wait until they expire",
-                retry_after=60,
-            )
+            raise too_large(self._max_bytes)
 
     def _named(self, db: sqlite3.Connection, once: str) -> Job | None:
         if not once:
@@ -303,13 +311,13 @@ class SqliteStore:
         def change(db: sqlite3.Connection) -> list[str]:
             rows = db.execute(
                 "SELECT id FROM jobs WHERE expires <= ? ORDER BY expires LIMIT ?",
-                (self._clock(), SWEEP_ROWS),
+                (self._clock(), SWEEP_JOBS),
             ).fetchall()
             if not rows and _used_bytes(db) > CROWDED * self._max_bytes:
                 rows = db.execute(
                     "SELECT id FROM jobs WHERE lane = ? AND expires IS NOT NULL "
                     "ORDER BY expires LIMIT ?",
-                    (Lane.NOW, SWEEP_ROWS),
+                    (Lane.NOW, SWEEP_JOBS),
                 ).fetchall()
             for (job_id,) in rows:
                 _delete_records(db, job_id)
@@ -319,7 +327,7 @@ class SqliteStore:
 
         gone = self._db.write(change)
         if gone:
-            self._db.execute(f"PRAGMA incremental_vacuum({SWEEP_ROWS})")
+            self._db.execute(f"PRAGMA incremental_vacuum({SWEEP_JOBS})")
         return gone
 
 

@@ -23,10 +23,28 @@ Kind = Literal["completion", "generate", "batch", "file"]
 Verdict = Literal["held", "cancelled", "lost"]
 
 ONCE_S = 24 * 3600.0  # how long an idempotency name stands for its job
+SWEEP_JOBS = 1000  # at once, so that others get a turn
+CROWDED = 0.9  # of the bytes: above it, answers kept only for a repeat of their request make room
 
 
 class StoreUnavailable(Unavailable):
     """The store can't be written or read now; what was kept is unharmed."""
+
+
+def too_many(queued: int, most: int) -> Unavailable:
+    """More jobs than may be queued."""
+    return Unavailable(
+        f"{queued} jobs are queued, the limit is {most}; try again later", retry_after=10
+    )
+
+
+def too_large(max_bytes: int) -> Unavailable:
+    """More is kept than may be."""
+    return Unavailable(
+        f"stored completions and batches take more than {max_bytes // 10**6} MB; "
+        "delete some, or wait until they expire",
+        retry_after=60,
+    )
 
 
 class Lane(IntEnum):
@@ -78,6 +96,10 @@ class Count(NamedTuple):
 
 class Store(Protocol):
     """Thread-safe. Every method may raise StoreUnavailable; what it said is done is durable."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether other machines use it too: then files are there as well, and leases are short."""
 
     def put(self, job: Job) -> Job:
         """Accept the job. With a name in `once` that another job has: that one, unchanged.

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -18,8 +17,8 @@ from nanogpt.api.jobs.files import FileRoutes
 from nanogpt.api.jobs.lines import LineRunner
 from nanogpt.api.service import Service
 from nanogpt.jobs.announce import Announcer
-from nanogpt.jobs.files import Files
 from nanogpt.jobs.runner import LEASE_S, SHARED_LEASE_S, Runner
+from nanogpt.jobs.shared import open_files
 from nanogpt.jobs.store import Job, Store, StoreUnavailable
 from nanogpt.jobs_config import JobsConfig
 from nanogpt.registry import ModelCard
@@ -42,24 +41,16 @@ class Stored:
         cards: Mapping[str, ModelCard],
         max_body_bytes: int,
         clock: Callable[[], float],
-        shared: bool = False,
         announcer: Announcer | None = None,
     ) -> None:
         """`directory`: where the content of files is kept, or passes through when the store is
-        `shared` by servers: it is in Redis then."""
+        shared by servers: it is there too then."""
         self._store, self._announcer = store, announcer
         keep_s = config.keep_hours * HOUR_S
         self.completions = Completions(
-            service, store, cluster, cards, keep_s=keep_s, clock=clock, settles=not shared
+            service, store, cluster, cards, keep_s=keep_s, clock=clock, settles=not store.shared
         )
-        kind: Any = _redis_files() if shared else Files
-        self._contents: Files = kind(
-            directory / "files",
-            store,
-            max_file_bytes=config.max_file_mb * 10**6,
-            max_bytes=config.max_store_mb * 10**6,
-            clock=clock,
-        )
+        self._contents = open_files(directory / "files", store, config, clock)
         self.files = FileRoutes(self._contents, store, keep_s=keep_s)
         self.batches = BatchRoutes(self.files, store, cluster, keep_s=keep_s, clock=clock)
         self._runner = Runner(
@@ -81,8 +72,8 @@ class Stored:
             room=config.max_running,
             failed=self._failed,
             on_swept=self._contents.forget,
-            lease_s=SHARED_LEASE_S if shared else LEASE_S,
-            room_now=config.max_running if shared else float("inf"),
+            lease_s=SHARED_LEASE_S if store.shared else LEASE_S,
+            room_now=config.max_running if store.shared else float("inf"),
         )
         service.metrics.add(_JobsCollector(store))
         service.companion = self
@@ -109,12 +100,6 @@ class Stored:
             return relay.failed(error)
         self.completions.settle(job.id, 0, 0)
         return outcome.encode(outcome.failure(error))
-
-
-def _redis_files() -> type[Files]:
-    from nanogpt.jobs.redis_files import RedisFiles  # not needed on one machine
-
-    return RedisFiles
 
 
 def _size(job: Job) -> int:
