@@ -1,10 +1,13 @@
-"""What several test files use: one real server of two ranks for the whole run."""
+"""What several test files use: real servers for the whole run."""
 
+import contextlib
 import os
 from pathlib import Path
 
 import pytest
 
+from tests import deployments
+from tests.deployments import Deployment
 from tests.server import serving
 
 # Where there is no GPU, Triton is an interpreter; it looks here when anybody first imports it.
@@ -23,4 +26,31 @@ def server():
 def client(server):
     """The official client, without retries."""
     with server.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def started_deployments():
+    """Those that tests have used, by kind; they are kept for the next."""
+    with contextlib.ExitStack() as stack:
+        yield stack, {}
+
+
+@pytest.fixture(params=deployments.KINDS)
+def deployment(request, started_deployments):
+    """The product, deployed in each of its ways: every test with it is run on all of them."""
+    kind = request.param
+    if kind == "local":
+        server = request.getfixturevalue("server")
+        return Deployment(server, server)
+    stack, known = started_deployments
+    if kind not in known:
+        known[kind] = stack.enter_context(deployments.split(kind))
+    return known[kind]
+
+
+@pytest.fixture
+def any_client(deployment):
+    """The official client of a deployment, without retries."""
+    with deployment.client() as client:
         yield client

@@ -11,6 +11,7 @@ import openai
 import psutil
 import pytest
 
+from tests.deployments import Deployment
 from tests.server import ROOT, Server, free_port, serving
 
 MODEL = "shakespeare-char"
@@ -57,22 +58,22 @@ def test_text_is_like_shakespeare(client):
     assert len(set(words) & set(common.split())) >= 5, text
 
 
-def test_stream_equals_unstreamed(client):
-    whole = complete(client, n=3, seed=11)
-    assert text_of_stream(client, n=3, seed=11) == {c.index: c.text for c in whole.choices}
+def test_stream_equals_unstreamed(any_client):
+    whole = complete(any_client, n=3, seed=11)
+    assert text_of_stream(any_client, n=3, seed=11) == {c.index: c.text for c in whole.choices}
 
 
-def test_seed_fixes_the_text_whatever_the_load(client):
+def test_seed_fixes_the_text_whatever_the_load(any_client):
     def alone():
-        return [c.text for c in complete(client, n=2, seed=5, max_tokens=48).choices]
+        return [c.text for c in complete(any_client, n=2, seed=5, max_tokens=48).choices]
 
     quiet = alone()
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        noise = [pool.submit(complete, client, n=3, max_tokens=64) for _ in range(6)]
+        noise = [pool.submit(complete, any_client, n=3, max_tokens=64) for _ in range(6)]
         busy = [pool.submit(alone) for _ in range(2)]
         assert all(b.result() == quiet for b in busy)
         assert all(f.result().choices for f in noise)
-    assert [c.text for c in complete(client, n=2, seed=6, max_tokens=48).choices] != quiet
+    assert [c.text for c in complete(any_client, n=2, seed=6, max_tokens=48).choices] != quiet
 
 
 def test_greedy_choices_are_equal(client):
@@ -80,25 +81,27 @@ def test_greedy_choices_are_equal(client):
     assert len(texts) == 1
 
 
-def test_prompt_list_keeps_its_order(client):
+def test_prompt_list_keeps_its_order(any_client):
     prompts = ["ROMEO:", "JULIET:", "First Citizen:"]
-    answer = complete(client, prompt=prompts, n=2, echo=True, max_tokens=4, seed=2)
+    answer = complete(any_client, prompt=prompts, n=2, echo=True, max_tokens=4, seed=2)
     assert [c.index for c in answer.choices] == list(range(6))
     for i, choice in enumerate(answer.choices):
         assert choice.text.startswith(prompts[i // 2])
 
 
-def test_stop_string_ends_the_choice_and_never_shows(client):
-    free = complete(client, seed=4, max_tokens=120).choices[0].text
+def test_stop_string_ends_the_choice_and_never_shows(any_client):
+    free = complete(any_client, seed=4, max_tokens=120).choices[0].text
     stop = free[40:43]
-    answer = complete(client, seed=4, max_tokens=120, stop=stop)
+    answer = complete(any_client, seed=4, max_tokens=120, stop=stop)
     assert answer.choices[0].finish_reason == "stop"
     assert answer.choices[0].text == free[: free.index(stop)]
-    assert text_of_stream(client, seed=4, max_tokens=120, stop=stop)[0] == answer.choices[0].text
+    assert (
+        text_of_stream(any_client, seed=4, max_tokens=120, stop=stop)[0] == answer.choices[0].text
+    )
 
 
-def test_usage_comes_last_in_a_stream(client):
-    chunks = list(complete(client, stream=True, stream_options={"include_usage": True}))
+def test_usage_comes_last_in_a_stream(any_client):
+    chunks = list(complete(any_client, stream=True, stream_options={"include_usage": True}))
     assert chunks[-1].choices == []
     assert chunks[-1].usage.completion_tokens == 32
     assert all(chunk.usage is None for chunk in chunks[:-1])
@@ -122,23 +125,17 @@ def test_usage_comes_last_in_a_stream(client):
         ),
     ],
 )
-def test_bad_requests_say_what_is_wrong(client, params, kind, word):
+def test_bad_requests_say_what_is_wrong(any_client, params, kind, word):
     with pytest.raises(kind) as refused:
-        complete(client, **params)
+        complete(any_client, **params)
     assert word in refused.value.message
     assert set(refused.value.body) == {"message", "type", "param", "code"}
 
 
-def test_health_and_models(server, client):
-    assert httpx.get(f"{server.url}/health").status_code == 200
-    assert httpx.get(f"{server.url}/ready").status_code == 200
-    assert [m.id for m in client.models.list() if m.state == "loaded"] == [MODEL]
-
-
-def running(server) -> int:
-    """Choices that the engines are working on, from the metrics."""
-    lines = httpx.get(f"{server.url}/metrics").text.splitlines()
-    return int(sum(float(x.split()[-1]) for x in lines if x.startswith("nanogpt_running{")))
+def test_health_and_models(deployment, any_client):
+    assert httpx.get(f"{deployment.web.url}/health").status_code == 200
+    assert httpx.get(f"{deployment.web.url}/ready").status_code == 200
+    assert [m.id for m in any_client.models.list() if m.state == "loaded"] == [MODEL]
 
 
 def wait_until(condition, seconds=20.0) -> None:
@@ -148,13 +145,13 @@ def wait_until(condition, seconds=20.0) -> None:
         time.sleep(0.05)
 
 
-def test_a_client_that_leaves_cancels_its_work(server, client):
-    wait_until(lambda: running(server) == 0)
-    stream = complete(client, n=8, max_tokens=200, stream=True)
+def test_a_client_that_leaves_cancels_its_work(deployment, any_client):
+    wait_until(lambda: deployment.running() == 0)
+    stream = complete(any_client, n=8, max_tokens=200, stream=True)
     next(iter(stream))
-    wait_until(lambda: running(server) > 0)
+    wait_until(lambda: deployment.running() > 0)
     stream.close()
-    wait_until(lambda: running(server) == 0)
+    wait_until(lambda: deployment.running() == 0)
 
 
 def test_many_choices_of_one_user_do_not_starve_another():
@@ -187,7 +184,7 @@ def test_killed_rank_comes_back_and_the_request_goes_on(server, client):
     want = [c.text for c in complete(client, n=4, seed=9, max_tokens=200).choices]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         pending = pool.submit(complete, client, n=4, seed=9, max_tokens=200)
-        wait_until(lambda: running(server) > 0 or pending.done())
+        wait_until(lambda: Deployment(server, server).running() > 0 or pending.done())
         server.ranks()[1].kill()
         got = [c.text for c in pending.result(120).choices]
     assert got == want

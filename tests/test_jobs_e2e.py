@@ -93,36 +93,36 @@ def lines_of(client: openai.OpenAI, file_id: str | None) -> list[dict]:
     return [json.loads(text) for text in client.files.content(file_id).text.splitlines()]
 
 
-def test_background_equals_the_foreground(client):
-    want = create(client, n=2)
-    accepted = create(client, n=2, background=True, metadata={"a": "b"})
+def test_background_equals_the_foreground(any_client):
+    want = create(any_client, n=2)
+    accepted = create(any_client, n=2, background=True, metadata={"a": "b"})
     assert accepted.status == "queued"
-    done = poll(client, accepted.id)
+    done = poll(any_client, accepted.id)
     assert [c.text for c in done.choices] == [c.text for c in want.choices]
     assert (done.usage.completion_tokens, done.metadata) == (80, {"a": "b"})
     with pytest.raises(openai.NotFoundError):
-        client.get("/completions/cmpl-none", cast_to=Completion)
+        any_client.get("/completions/cmpl-none", cast_to=Completion)
 
 
-def test_a_dropped_stream_is_taken_up_where_it_was(client):
-    want = create(client, max_tokens=120).choices[0].text
-    stream = create(client, max_tokens=120, background=True, stream=True)
+def test_a_dropped_stream_is_taken_up_where_it_was(any_client):
+    want = create(any_client, max_tokens=120).choices[0].text
+    stream = create(any_client, max_tokens=120, background=True, stream=True)
     seen = [next(iter(stream)) for _ in range(3)]
     stream.close()
-    rest = list(stream_of(client, seen[0].id, starting_after=seen[-1].sequence_number))
+    rest = list(stream_of(any_client, seen[0].id, starting_after=seen[-1].sequence_number))
     numbers = [c.sequence_number for c in [*seen, *rest]]
     assert numbers == list(range(len(numbers)))
     assert "".join(c.choices[0].text for c in [*seen, *rest]) == want
 
 
-def test_cancel_and_delete(client):
-    accepted = create(client, n=32, max_tokens=240, background=True)
-    cancelled = client.post(f"/completions/{accepted.id}/cancel", cast_to=Completion)
+def test_cancel_and_delete(any_client):
+    accepted = create(any_client, n=32, max_tokens=240, background=True)
+    cancelled = any_client.post(f"/completions/{accepted.id}/cancel", cast_to=Completion)
     assert cancelled.status in ("in_progress", "cancelled")
-    assert poll(client, accepted.id).status == "cancelled"
-    client.delete(f"/completions/{accepted.id}", cast_to=object)
+    assert poll(any_client, accepted.id).status == "cancelled"
+    any_client.delete(f"/completions/{accepted.id}", cast_to=object)
     with pytest.raises(openai.NotFoundError):
-        client.get(f"/completions/{accepted.id}", cast_to=Completion)
+        any_client.get(f"/completions/{accepted.id}", cast_to=Completion)
 
 
 def test_killed_with_everything_it_goes_on_to_the_same_text(client, tmp_path):
@@ -238,39 +238,44 @@ def test_duplicates_at_once_are_one_generation(server):
         create(server.client(), seed=1, extra_headers=header)
 
 
-def test_a_batch_with_some_broken_lines(client):
+def test_a_batch_with_some_broken_lines(any_client):
     lines = [line(i, seed=i) for i in range(60)]
     lines[7]["body"]["max_tokens"] = -1
     lines[13]["body"]["model"] = "gpt-9"
     lines[20]["body"]["stream"] = True
-    batch = start_batch(client, upload(client, lines), metadata={"a": "b"})
+    batch = start_batch(any_client, upload(any_client, lines), metadata={"a": "b"})
     assert batch.status == "validating"
-    done = poll_batch(client, batch.id)
+    done = poll_batch(any_client, batch.id)
     assert done.status == "completed", done
     counts = done.request_counts
     assert (counts.total, counts.completed, counts.failed) == (60, 57, 3)
-    output = {found["custom_id"]: found for found in lines_of(client, done.output_file_id)}
-    errors = {found["custom_id"]: found for found in lines_of(client, done.error_file_id)}
+    output = {found["custom_id"]: found for found in lines_of(any_client, done.output_file_id)}
+    errors = {found["custom_id"]: found for found in lines_of(any_client, done.error_file_id)}
     assert set(errors) == {"r7", "r13", "r20"}
     assert set(output) | set(errors) == {found["custom_id"] for found in lines}
     statuses = [errors[name]["response"]["status_code"] for name in ("r7", "r13", "r20")]
     assert statuses == [400, 404, 400]
     body = output["r5"]["response"]["body"]
-    alone = client.completions.create(**lines[5]["body"])
+    alone = any_client.completions.create(**lines[5]["body"])
     assert body["choices"][0]["text"] == alone.choices[0].text
-    assert batch.id in [found.id for found in client.batches.list(limit=1)]
+    assert batch.id in [found.id for found in any_client.batches.list(limit=1)]
 
 
-def test_a_batch_that_is_cancelled_keeps_what_is_done(client):
-    batch = start_batch(client, upload(client, [line(i, max_tokens=100) for i in range(400)]))
-    poll_batch(client, batch.id, "in_progress")
-    assert client.batches.cancel(batch.id).status in ("cancelling", "cancelled")
-    done = poll_batch(client, batch.id)
+def test_a_batch_that_is_cancelled_keeps_what_is_done(any_client):
+    batch = start_batch(
+        any_client, upload(any_client, [line(i, max_tokens=100) for i in range(400)])
+    )
+    poll_batch(any_client, batch.id, "in_progress")
+    assert any_client.batches.cancel(batch.id).status in ("cancelling", "cancelled")
+    done = poll_batch(any_client, batch.id)
     assert done.status == "cancelled"
-    output, errors = lines_of(client, done.output_file_id), lines_of(client, done.error_file_id)
+    output, errors = (
+        lines_of(any_client, done.output_file_id),
+        lines_of(any_client, done.error_file_id),
+    )
     assert len({found["custom_id"] for found in [*output, *errors]}) == 400
     assert {found["error"]["code"] for found in errors} == {"batch_cancelled"}
-    assert client.batches.cancel(batch.id).status == "cancelled"
+    assert any_client.batches.cancel(batch.id).status == "cancelled"
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.chaos)])
