@@ -66,14 +66,7 @@ class Torchrun:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        launcher = os.getpid()
-        self._process = subprocess.Popen(
-            self._command,
-            env=self._environ,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for this process to pass on
-            preexec_fn=lambda: process.die_with_parent(launcher, signal.SIGTERM),
-        )
+        self._process = process.start_below(self._command, self._environ)
 
     @property
     def pid(self) -> int:

@@ -5,6 +5,10 @@ import ctypes
 import os
 import select
 import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -23,6 +27,30 @@ def die_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> Non
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent:
         os.kill(os.getpid(), number)
+
+
+def start_below(
+    command: Sequence[str] | str,
+    environ: Mapping[str, str],
+    *,
+    cwd: Path | None = None,
+    output: IO[bytes] | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start a process that gets SIGTERM when the calling thread ends, in a session of its own, so
+    that a terminal's Ctrl-C is for this process to pass on. A string is a shell's command. `output`
+    takes what it prints; without it, that goes where ours goes."""
+    parent = os.getpid()
+    return subprocess.Popen(
+        command,
+        shell=isinstance(command, str),
+        cwd=cwd,
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=None if output is None else subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=lambda: die_with_parent(parent, signal.SIGTERM),
+    )
 
 
 def adopt_orphans() -> None:
@@ -157,6 +185,22 @@ def stat(pid: int) -> list[str]:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process so far; 0 when it is gone."""
+    fields = stat(pid)
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
+
+
+def strings(pid: int, name: str) -> list[str]:
+    """What /proc/PID/cmdline or /proc/PID/environ has; empty when the process is gone, or another
+    user's."""
+    try:
+        with open(f"/proc/{pid}/{name}", "rb") as file:
+            return [part.decode(errors="replace") for part in file.read().split(b"\0") if part]
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return []
 
 

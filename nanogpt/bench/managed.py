@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -14,17 +13,11 @@ from nanogpt import process
 from nanogpt.bench.connection import ConnectionLost, Url
 from nanogpt.bench.target import get
 from nanogpt.errors import StartupError
+from nanogpt.network import free_port as free_port
 
 POLL_S = 0.2
 STOP_S = 60.0  # ours gives accepted requests 30 s
 LOG_LINES = 5
-
-
-def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class ManagedServer:
@@ -43,18 +36,8 @@ class ManagedServer:
         self._stop_s = stop_s
         self.name, self._url = name, Url.parse(url)
         self._log = tempfile.NamedTemporaryFile(prefix=f"bench-{name}-", suffix=".log")  # noqa: SIM115
-        parent = os.getpid()
-        self._process = subprocess.Popen(
-            command,
-            shell=True,
-            cwd=cwd,
-            env={**os.environ, **(environ or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=lambda: process.die_with_parent(parent, signal.SIGTERM),
-        )
+        variables = {**os.environ, **(environ or {})}
+        self._process = process.start_below(command, variables, cwd=cwd, output=self._log)
 
     @property
     def pid(self) -> int:
@@ -98,7 +81,11 @@ class ManagedServer:
         """CPU seconds that its living processes have taken so far; only of those with the word in
         their command line."""
         pids = [self._process.pid, *process.pids_below(self._process.pid)]
-        return sum(_cpu_s(pid) for pid in pids if word in _command_line(pid))
+        return sum(
+            process.cpu_seconds(pid)
+            for pid in pids
+            if word in " ".join(process.strings(pid, "cmdline"))
+        )
 
     def stop(self) -> None:
         """SIGTERM, and SIGKILL for whatever is left after a while."""
@@ -116,23 +103,6 @@ class ManagedServer:
             self._process.kill()
         self._process.wait()
         self._log.close()
-
-
-def _cpu_s(pid: int) -> float:
-    """User and system time of one process; 0 when it is gone."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            fields = file.read().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _command_line(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
 
 
 @contextlib.contextmanager

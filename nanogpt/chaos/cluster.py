@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from nanogpt import process
 from nanogpt.chaos import processes
 from nanogpt.chaos.processes import Member
 from nanogpt.config import PROJECT
+from nanogpt.network import free_port
 
 READY_S = 180.0
 STOP_S = 90.0  # beyond the drain
@@ -25,13 +25,6 @@ _LOADED = re.compile(r" on cpu, ([\d.]+) s$", re.M)
 
 class ClusterError(Exception):
     """The cluster did not come up, or did not go on."""
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class ChaosCluster:
@@ -57,17 +50,9 @@ class ChaosCluster:
 
     def start(self) -> None:
         """Call from the main thread: the cluster ends with the thread that started it."""
-        me = os.getpid()
         with self.log.open("ab") as log:
-            self._launcher = subprocess.Popen(
-                self._command,
-                cwd=PROJECT,
-                env=self._environ,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C ends the run first, and then the cluster
-                preexec_fn=lambda: process.die_with_parent(me, signal.SIGTERM),
+            self._launcher = process.start_below(
+                self._command, self._environ, cwd=PROJECT, output=log
             )
 
     @property

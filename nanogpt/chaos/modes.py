@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nanogpt.chaos import processes
+from nanogpt import process
 from nanogpt.chaos.cluster import ChaosCluster, ClusterError
 from nanogpt.chaos.history import Fault, History
 from nanogpt.chaos.run import Limits, Load, Sampler, inject_faults
@@ -117,7 +117,7 @@ def _seconds(load: Load) -> float:
 
 
 def _cpu_seconds(cluster: ChaosCluster) -> float:
-    return sum(processes.cpu_seconds(member.pid) for member in cluster.members())
+    return sum(process.cpu_seconds(member.pid) for member in cluster.members())
 
 
 MODES: dict[str, Mode] = {"faults": faults, "overload": overload, "idle": idle}

@@ -21,7 +21,7 @@ def members(launcher: int) -> list[Member]:
     """The launcher and everything below it."""
     found = [Member(launcher, os.getpid(), "launcher")]
     for pid in process.pids_below(launcher):
-        parent, command = _parent(pid), _strings(pid, "cmdline")
+        parent, command = _parent(pid), process.strings(pid, "cmdline")
         if parent is not None and command:
             found.append(Member(pid, parent, _role(pid, command)))
     roles = {m.pid: m.role for m in found}
@@ -44,7 +44,9 @@ def _role(pid: int, command: list[str]) -> str:
     if "frontend.py" in names:
         return "master"
     if "rank_worker.py" in names:
-        rank = next((v for v in _strings(pid, "environ") if v.startswith("LOCAL_RANK=")), "=?")
+        rank = next(
+            (v for v in process.strings(pid, "environ") if v.startswith("LOCAL_RANK=")), "=?"
+        )
         return f"parent {rank.partition('=')[2]}"
     return "other"
 
@@ -55,8 +57,8 @@ def holding(variable: str) -> list[str]:
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) != os.getpid():
             pid = int(entry)
-            if variable in _strings(pid, "environ") and _state(pid) != "Z":
-                found.append(f"{pid} {' '.join(_strings(pid, 'cmdline'))[:80]}")
+            if variable in process.strings(pid, "environ") and _state(pid) != "Z":
+                found.append(f"{pid} {' '.join(process.strings(pid, 'cmdline'))[:80]}")
     return found
 
 
@@ -76,12 +78,6 @@ def open_files(pid: int) -> int | None:
         return None
 
 
-def cpu_seconds(pid: int) -> float:
-    """CPU time used so far; 0 when the process is gone."""
-    fields = process.stat(pid)
-    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
-
-
 def _parent(pid: int) -> int | None:
     fields = process.stat(pid)
     return int(fields[1]) if fields else None
@@ -90,11 +86,3 @@ def _parent(pid: int) -> int | None:
 def _state(pid: int) -> str:
     fields = process.stat(pid)
     return fields[0] if fields else "Z"
-
-
-def _strings(pid: int, name: str) -> list[str]:
-    try:
-        with open(f"/proc/{pid}/{name}", "rb") as file:
-            return [part.decode(errors="replace") for part in file.read().split(b"\0") if part]
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return []
