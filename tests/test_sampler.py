@@ -344,6 +344,7 @@ def adjusted(logits: Tensor, seq: Sequence) -> list[float]:
     return out
 
 
+@pytest.mark.usefixtures("both")
 @pytest.mark.parametrize(
     "params",
     [
@@ -367,6 +368,51 @@ def test_rules_equal_a_naive_reference(params: dict[str, Any]) -> None:
     assert sample(logits[None], seq) == [int(np.argmax(adjusted(logits, seq)))]
 
 
+@needs_kernels
+def test_the_kernels_apply_rules_as_torch_does_to_the_bit() -> None:
+    rng = random.Random(8)
+    for trial in range(20):
+        seqs = [random_sequence(rng) for _ in range(rng.randint(1, 12))]
+        logits = logits_of(len(seqs), trial)
+        plan = sampler()._plan_for(seqs)
+        want, got = logits[:, :SIZE].clone(), logits.clone()
+        plan.rules.apply(want)
+        positions = torch.tensor(plan.positions())
+        torch.ops.nanogpt_cpu.apply_rules(got, SIZE, positions, plan.rules.tensors())
+        assert torch.equal(got[:, :SIZE], want)
+        assert torch.equal(got[:, SIZE:], logits[:, SIZE:])
+
+
+@needs_kernels
+def test_the_kernels_ignore_rules_for_what_is_no_token() -> None:
+    """A stop token's id may be anything; it used to be compared with the width of the logits."""
+    logits = logits_of(2)
+    seqs = [
+        sequence(temperature=0.0, min_tokens=5, stop_token_ids=(SIZE, ROWS, 10**6)),
+        sequence(temperature=0.0),
+    ]
+    want = logits[:, :SIZE].clone()
+    want[0, EOS] = -torch.inf
+    assert sample(logits, *seqs) == want.argmax(-1).tolist()
+
+
+@needs_kernels
+def test_rules_leave_the_logits_as_they_were() -> None:
+    """Log probabilities are taken from them afterwards."""
+    logits = logits_of(3)
+    seqs = [
+        sequence(output=(EOS, 4, 5), presence_penalty=1.0, logit_bias={4: 2.0, EOS: -1.0}),
+        sequence(output=(EOS,), min_tokens=4, logit_bias={EOS: 9.0}, repetition_penalty=1.5),
+        sequence(),
+    ]
+    changed = logits.clone()
+    Sampler(vocab_size=SIZE, eos_token_id=EOS, device=torch.device("cpu"), kernels=True).sample(
+        changed, seqs
+    )
+    assert torch.equal(changed, logits)
+
+
+@pytest.mark.usefixtures("both")
 def test_penalties_follow_the_output() -> None:
     logits = torch.zeros(1, SIZE)
     logits[0, 5], logits[0, 6] = 1.0, 0.5
@@ -388,6 +434,7 @@ def test_counts_of_more_tokens_than_the_arrays_first_hold() -> None:
     assert counts.counts.tolist() == [0.0] * 20 + [2.0] * 180
 
 
+@pytest.mark.usefixtures("both")
 def test_bias_of_100_decides() -> None:
     logits = logits_of(1)
     best = int(logits[0, :SIZE].argmax())
@@ -400,6 +447,7 @@ def test_bias_of_100_decides() -> None:
 # Log probabilities
 
 
+@pytest.mark.usefixtures("both")
 def test_logprobs_are_those_of_the_model_itself() -> None:
     logits = logits_of(3)
     expected = logits[:, :SIZE].log_softmax(-1)
@@ -422,6 +470,7 @@ def test_logprobs_are_those_of_the_model_itself() -> None:
     assert last.top_ids == ()
 
 
+@pytest.mark.usefixtures("both")
 def test_the_sampled_token_has_the_same_float_in_the_top_list() -> None:
     for seed in range(20):
         seq = sequence(temperature=0.0, logprobs=5)
@@ -454,6 +503,39 @@ def test_likeliest_equals_a_full_sort() -> None:
         assert torch.equal(ids[decided], order[:, :20][decided])
 
 
+@needs_kernels
+@pytest.mark.parametrize("size", [1, 5, 127, 290, 3000])
+def test_the_kernels_likeliest_equal_a_full_sort(size: int) -> None:
+    """bfloat16 makes many equal values; equal log probabilities go by id."""
+    for seed in range(10):
+        logits = logits_of(5, seed, size + 3, scale=1.0).bfloat16().float()
+        rows, token_ids = torch.tensor([3, 0, 4]), torch.tensor([0, NO_TOKEN, size - 1])
+        top = min(20, size)
+        own, ids, values = torch.ops.nanogpt_cpu.logprobs(logits, size, rows, token_ids, top)
+        _, _, every = torch.ops.nanogpt_cpu.logprobs(logits, size, rows, token_ids, size)
+        exact = logits[rows, :size].double().log_softmax(-1)
+        torch.testing.assert_close(own[[0, 2]].double(), exact[[0, 2], [0, size - 1]])
+        assert own[1].isnan()
+        torch.testing.assert_close(every.double(), exact.sort(descending=True).values)
+        assert torch.equal(values, every[:, :top])
+        order = exact.float().sort(dim=-1, descending=True, stable=True).indices
+        assert torch.equal(ids, order[:, :top])
+
+
+@pytest.mark.usefixtures("both")
+def test_fewer_of_the_likeliest_are_the_first_of_more() -> None:
+    logits = logits_of(3)
+    seqs = [sequence(temperature=0.0, logprobs=count) for count in (2, 20, 0)]
+    _, (few, many, none) = sampler().sample(logits[:1].expand(3, -1).clone(), seqs)
+    assert few is not None
+    assert many is not None
+    assert none is not None
+    assert few.top_ids == many.top_ids[:2]
+    assert few.top_logprobs == many.top_logprobs[:2]
+    assert none.top_ids == ()
+
+
+@pytest.mark.usefixtures("both")
 def test_logprobs_are_finite() -> None:
     logits = torch.full((1, 40), -1e30)
     logits[0, 3] = 0.0

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence as Seq
 
+import torch
 from torch import Tensor
 
 from nanogpt.engine.inverse_cdf import WIDTH
@@ -12,31 +13,44 @@ MAX_TOP_LOGPROBS = 20  # OpenAI's bound; always that many are looked for, so tha
 FLOOR = -9999.0  # stands for minus infinity, which JSON lacks
 
 
-class Logprobs:
-    """Log softmax of R rows of raw logits, and the likeliest tokens of each row.
+def logprobs_of(
+    logits: Tensor, rows: Tensor, token_ids: Tensor, counts: Seq[int], vocab_size: int
+) -> list[TokenLogprobs]:
+    """Entries of one token in each of some rows (R,), with the `counts[r]` likeliest ones.
 
-    `logprobs` (R, n * WIDTH) is that log softmax, with padding behind the `vocab_size` tokens at
-    -inf; `top` says whether some row wants the likeliest tokens as well.
+    In torch; `logits` (B, n * WIDTH) are float32 with -inf behind the tokens. Entries of rows that
+    are no distribution have no meaning.
     """
+    logprobs = torch.log_softmax(logits if len(rows) == len(logits) else logits[rows], -1)
+    own = logprobs.gather(1, token_ids.clamp(min=0).unsqueeze(1)).squeeze(1)
+    ids = values = logprobs[:, :0]
+    if any(counts):
+        ids, values = likeliest(logprobs, min(MAX_TOP_LOGPROBS, vocab_size))
+    return _entries(own, ids, values, counts)
 
-    def __init__(self, logprobs: Tensor, *, vocab_size: int, top: bool) -> None:
-        self._logprobs = logprobs
-        self._ids: list[list[int]] = [[]] * len(logprobs)
-        self._values: list[list[float]] = [[]] * len(logprobs)
-        if top:
-            ids, values = likeliest(logprobs, min(MAX_TOP_LOGPROBS, vocab_size))
-            self._ids = ids.tolist()
-            self._values = values.clamp_(min=FLOOR).tolist()
 
-    def of(self, token_ids: Tensor, counts: Seq[int]) -> list[TokenLogprobs]:
-        """Row by row the entry of a token (R,), with the `counts[row]` likeliest ones."""
-        own = self._logprobs.gather(1, token_ids.unsqueeze(1)).squeeze(1).clamp_(min=FLOOR)
-        return [
-            TokenLogprobs(value, tuple(ids[:count]), tuple(values[:count]))
-            for value, ids, values, count in zip(
-                own.tolist(), self._ids, self._values, counts, strict=True
-            )
-        ]
+def logprobs_by_kernel(
+    logits: Tensor, rows: Tensor, token_ids: Tensor, counts: Seq[int], vocab_size: int
+) -> list[TokenLogprobs]:
+    """The same in C++ (nanogpt/engine/cpu/logprobs.h), but for rounding; logits of any width from
+    `vocab_size` on, and any type."""
+    top = min(max(counts), vocab_size)
+    own, ids, values = torch.ops.nanogpt_cpu.logprobs(logits, vocab_size, rows, token_ids, top)
+    return _entries(own, ids, values, counts)
+
+
+def _entries(own: Tensor, ids: Tensor, values: Tensor, counts: Seq[int]) -> list[TokenLogprobs]:
+    """From log probabilities (R,), and ids and log probabilities (R, n) of the likeliest."""
+    return [
+        TokenLogprobs(value, tuple(ids[:count]), tuple(values[:count]))
+        for value, ids, values, count in zip(
+            own.clamp_(min=FLOOR).tolist(),
+            ids.tolist(),
+            values.clamp_(min=FLOOR).tolist(),
+            counts,
+            strict=True,
+        )
+    ]
 
 
 def likeliest(x: Tensor, count: int) -> tuple[Tensor, Tensor]:

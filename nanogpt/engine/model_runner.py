@@ -103,6 +103,13 @@ class ModelRunner:
         token_ids, logprobs = self._sampler.sample(logits, sampled)
         return StepOutput(token_ids, logprobs, scores)
 
+    def close(self) -> None:
+        """Drop network and cache. They are in cycles, which the garbage collector may never look at
+        (see gc.freeze in setup.py), so each of them is taken apart."""
+        for module in list(self._model.modules()):
+            module.__dict__.clear()
+        self.__dict__.clear()
+
     @torch.inference_mode()
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
         """Copy blocks of the cache, source to destination, one after another."""
@@ -162,8 +169,7 @@ class ModelRunner:
             row = first_row + position - 1 - chunk.start
             logits = self._head(hidden[row : row + len(tokens)])
             top = seq.params.logprobs or 0
-            scored = self._sampler.logprobs(logits, top=top > 0)
-            entries += scored.of(self._tensor(tokens), [top] * len(tokens))
+            entries += self._sampler.logprobs(logits, self._tensor(tokens), [top] * len(tokens))
         return tuple(entries)
 
     def _tensor(self, numbers: list[int]) -> Tensor:

@@ -1,5 +1,6 @@
 """Logits in, one token for each sequence out. A row's result depends on that row alone."""
 
+from collections.abc import Sequence as Seq
 from functools import cached_property
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 from nanogpt.engine.cpu.library import load_kernels
 from nanogpt.engine.inverse_cdf import WIDTH, draw, keep, padded_width, shares_of
 from nanogpt.engine.logit_rules import LogitRules
-from nanogpt.engine.logprobs import Logprobs
+from nanogpt.engine.logprobs import logprobs_by_kernel, logprobs_of
 from nanogpt.engine.sequence import Sequence
 from nanogpt.engine.transfer import to_device
 from nanogpt.engine.uniforms import stream_key, uniforms
@@ -40,7 +41,7 @@ class Sampler:
             kernels = device.type == "cpu" and load_kernels()
         self._has_kernels = kernels
         width = padded_width(vocab_size)
-        self._logits, self._logprobs = _Buffer(width, device), _Buffer(width, device)
+        self._logits = _Buffer(width, device)
         self._plan = _Plan([], eos_token_id, device)
 
     def sample(
@@ -52,27 +53,26 @@ class Sampler:
         not finite, or in which every token is banned, gets NO_TOKEN.
         """
         plan = self._plan_for(seqs)
-        reports = None
-        if plan.report or plan.rules.exist or not self._has_kernels:
-            logits = self._without_padding(logits)
-        if plan.report:
-            rows = torch.tensor(plan.report, device=self._device)
-            reports = self._report(_select(logits, plan.report), top=any(plan.report_counts))
-        plan.rules.apply(logits)
-        token_ids = self._choose(logits, plan)
+        choose = self._choose if self._has_kernels else self._choose_in_torch
+        token_ids, entries = choose(logits, plan)
         logprobs: list[TokenLogprobs | None] = [None] * len(seqs)
-        if reports:
-            entries = reports.of(token_ids[rows].clamp_(min=0), plan.report_counts)
-            for row, entry in zip(plan.report, entries, strict=True):
-                logprobs[row] = entry
+        for row, entry in zip(plan.report, entries, strict=True):
+            logprobs[row] = entry
         return token_ids.tolist(), logprobs
 
-    def logprobs(self, logits: Tensor, *, top: bool) -> Logprobs:
-        """Log probabilities for the model's own logits (R, at least vocab_size).
+    def logprobs(self, logits: Tensor, token_ids: Tensor, counts: Seq[int]) -> list[TokenLogprobs]:
+        """Entries of one token (R,) in each row of the model's own logits (R, at least
+        vocab_size), with the `counts[r]` likeliest ones. The logits are overwritten."""
+        rows = torch.arange(len(logits), device=self._device)
+        return self._logprobs_of(logits, rows, token_ids, counts)
 
-        The logits are overwritten; the result is valid until the next call of any method.
-        """
-        return self._report(self._without_padding(logits), top=top)
+    def _logprobs_of(
+        self, logits: Tensor, rows: Tensor, token_ids: Tensor, counts: Seq[int]
+    ) -> list[TokenLogprobs]:
+        if self._has_kernels:
+            return logprobs_by_kernel(logits, rows, token_ids, counts, self._vocab_size)
+        logits = self._without_padding(logits)
+        return logprobs_of(logits, rows, token_ids, counts, self._vocab_size)
 
     def _without_padding(self, logits: Tensor) -> Tensor:
         """The logits in float32 with -inf for what is no token: (B, padded_width(vocab_size)).
@@ -87,20 +87,16 @@ class Sampler:
         logits[:, size:] = -torch.inf
         return logits
 
-    def _report(self, logits: Tensor, *, top: bool) -> Logprobs:
-        logprobs = torch.log_softmax(logits, -1, out=self._logprobs.get(len(logits)))
-        return Logprobs(logprobs, vocab_size=self._vocab_size, top=top)
-
     def _plan_for(self, seqs: list[Sequence]) -> "_Plan":
         if self._plan.seqs != seqs:
             self._plan = _Plan([*seqs], self._eos_token_id, self._device)
         return self._plan
 
-    def _choose(self, logits: Tensor, plan: "_Plan") -> Tensor:
-        """Token ids (B,), NO_TOKEN where there is none."""
-        if not self._has_kernels:
-            return _choose_in_torch(logits, plan, self._vocab_size)
-        return torch.ops.nanogpt_cpu.sample(
+    def _choose(self, logits: Tensor, plan: "_Plan") -> tuple[Tensor, list[TokenLogprobs]]:
+        """Token ids (B,), NO_TOKEN where there is none, and the entries of the rows that report."""
+        if plan.rules.exist and logits.dtype != torch.float32:
+            logits = self._without_padding(logits)
+        token_ids = torch.ops.nanogpt_cpu.sample(  # leaves the logits as they are
             logits,
             self._vocab_size,
             plan.keys,
@@ -109,10 +105,27 @@ class Sampler:
             plan.top_k,
             plan.top_p,
             plan.min_p,
+            plan.rules.tensors() if plan.rules.exist else [],
         )
+        if not plan.report:
+            return token_ids, []
+        rows = torch.tensor(plan.report)
+        return token_ids, self._logprobs_of(logits, rows, token_ids[rows], plan.report_counts)
+
+    def _choose_in_torch(self, logits: Tensor, plan: "_Plan") -> tuple[Tensor, list[TokenLogprobs]]:
+        """The same without the kernels."""
+        logits = self._without_padding(logits)
+        if not plan.report:
+            plan.rules.apply(logits)
+            return _tokens_in_torch(logits, plan, self._vocab_size), []
+        rows = torch.tensor(plan.report, device=self._device)
+        own = logits[rows]  # sampling overwrites them
+        plan.rules.apply(logits)
+        token_ids = _tokens_in_torch(logits, plan, self._vocab_size)
+        return token_ids, self.logprobs(own, token_ids[rows], plan.report_counts)
 
 
-def _choose_in_torch(logits: Tensor, plan: "_Plan", vocab_size: int) -> Tensor:
+def _tokens_in_torch(logits: Tensor, plan: "_Plan", vocab_size: int) -> Tensor:
     """Token ids (B,) from logits without padding, which are overwritten: each kind of rows in its
     own way."""
     token_ids = torch.empty(len(logits), dtype=torch.long, device=logits.device)

@@ -14,11 +14,9 @@
 #include <span>
 #include <vector>
 
-#include "vec.h"
+#include "row.h"
 
 namespace nanogpt {
-
-constexpr int kBlock = 128;  // tokens whose shares are summed first
 
 inline int32_t bits_of(float share) {
   int32_t bits;

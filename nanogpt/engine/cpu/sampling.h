@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "ranking.h"
+#include "row.h"
 
 namespace nanogpt {
 
@@ -46,30 +47,13 @@ class Sampler {
   }
 
  private:
-  int num_blocks() const { return (size_ + kBlock - 1) / kBlock; }
-
-  // f(first token, its 16 logits), with minus infinity behind the last one.
-  template <typename T, typename F>
-  void for_vectors(const T* logits, int begin, int end, const F& f) const {
-    int i = begin;
-    for (const int whole = std::min(end, size_ / kLanes * kLanes); i < whole; i += kLanes)
-      f(i, load(logits + i));
-    for (; i < end; i += kLanes) {
-      alignas(64) float lane[kLanes];
-      for (int j = 0; j < kLanes; j++)
-        lane[j] = i + j < size_ ? static_cast<float>(logits[i + j]) : -INFINITY;
-      f(i, load(lane));
-    }
-  }
-
   // Whether there is a distribution: no NaN, no infinity, and some token.
   template <typename T>
   bool find_greatest(const T* logits) {
     Vec most = broadcast(-INFINITY), bad = broadcast(0.0f);
-    const Vec one = broadcast(1.0f);
-    for_vectors(logits, 0, size_, [&](int, Vec x) {
+    for_vectors(logits, size_, 0, size_, [&](int, Vec x) {
       most = max(most, x);
-      bad = max(bad, zero_below(x, INFINITY, one));  // also of NaN
+      bad = max(bad, not_a_logit(x));
     });
     greatest_ = max_lanes(most);
     return max_lanes(bad) == 0 && greatest_ > -INFINITY;
@@ -92,7 +76,7 @@ class Sampler {
   void fill_shares(const T* logits, int block, float scale, float* shares) const {
     const Vec most = broadcast(greatest_), factor = broadcast(scale), magic = broadcast(magic_);
     const int first = block * kBlock;
-    for_vectors(logits, first, first + kBlock, [&](int i, Vec x) {
+    for_vectors(logits, size_, first, first + kBlock, [&](int i, Vec x) {
       const Vec e = exp_nonpositive(mul(sub(x, most), factor));
       store(shares + i - first, sub(add(e, magic), magic));
     });
@@ -111,7 +95,7 @@ class Sampler {
   template <typename F>
   int64_t draw(double uniform, const F& fill) {
     alignas(64) float shares[kBlock];
-    const int count = num_blocks();
+    const int count = blocks_of(size_);
     ends_.resize(count);
     double total = 0;
     for (int block = 0; block < count; block++) {
@@ -129,8 +113,8 @@ class Sampler {
 
   template <typename T>
   int64_t draw_filtered(const T* logits, const Wanted& wanted) {
-    ranking_.resize(num_blocks());
-    for (int block = 0; block < num_blocks(); block++) {
+    ranking_.resize(blocks_of(size_));
+    for (int block = 0; block < blocks_of(size_); block++) {
       fill_shares(logits, block, wanted.scale, ranking_.block(block));
       ranking_.note_greatest(block);
     }
