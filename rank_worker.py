@@ -27,22 +27,33 @@ log = logging.getLogger("rank_worker")
 
 
 def serve(config: ServeConfig, ranks: Ranks, run_dir: RunDir, life: respawn.Life) -> int:
-    """The rank: load everything, then turn the loop until this process ends."""
+    """The rank: load what there is to begin with, then turn the loop until this process ends."""
     from nanogpt.cluster.broadcast import PeerLost
     from nanogpt.cluster.lead import Lead
     from nanogpt.cluster.process_group import open_group
     from nanogpt.cluster.rank_loop import RankLoop
     from nanogpt.cluster.transport import ControlLink
-    from nanogpt.engine.setup import load_engines
+    from nanogpt.engine.models import Models
+    from nanogpt.engine.plan import Plan, Planner
+    from nanogpt.engine.setup import choose_device
 
     try:
         group = open_group(ranks, config.cluster.node_wait_s)
         ranks, broadcast = group.ranks, group.broadcast
-        engines = load_engines(config, ranks)
+        device = choose_device(config, ranks)
+        models = Models(config, ranks, device)
+        planner, word = None, b""
+        if ranks.rank == 0:
+            planner = Planner(config, device, run_dir.descriptions, models.load)
+            plan = planner.plan(run_dir.models("resident"), run_dir.models("pinned") or ())
+            word = plan.encode()
+        engines, loaded = models.open(Plan.decode(broadcast.tell(word)))
         group.agree({name: engine.info.fingerprint for name, engine in engines.items()})
         lead = None
-        if ranks.rank == 0:
-            hello = Lead.hello(ranks.world_size, tuple(e.info for e in engines.values()))
+        if planner:
+            planner.note(loaded, models.blocks)
+            infos, needs = tuple(planner.infos.values()), planner.ordered_needs()
+            hello = Lead.hello(ranks.world_size, infos, needs, planner.budget)
             control = ControlLink(run_dir.control)
             lead = Lead(control, broadcast, hello, config.cluster.heartbeat_s)
         loop = RankLoop(
@@ -52,6 +63,7 @@ def serve(config: ServeConfig, ranks: Ranks, run_dir: RunDir, life: respawn.Life
             lead,
             config.cluster.heartbeat_s,
             life,
+            models,
         )
         while True:
             loop.turn()
@@ -78,7 +90,8 @@ def preload() -> None:
     import nanogpt.cluster.lead
     import nanogpt.cluster.process_group
     import nanogpt.cluster.rank_loop
-    import nanogpt.engine.setup  # noqa: F401
+    import nanogpt.engine.models
+    import nanogpt.engine.plan  # noqa: F401
 
 
 class Parent:

@@ -53,6 +53,16 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
     max_outstanding: Count = 16384  # choices that wait or run; one more is answered 503 at once
 
 
+class ResidencyConfig(Section, frozen=True, kw_only=True):
+    """Which models are in memory, when not all of them can be."""
+
+    # Of weights and KV together, on each rank; 0: all models stay. With a limit, models of
+    # configs/models/ whose weights are here are served as well, and models come and go.
+    memory_gib: Annotated[float, Meta(ge=0)] = 0.0
+    wait_s: Seconds = 120.0  # a request whose model is not in memory by then is answered 503
+    pinned: tuple[str, ...] = ()  # these never go
+
+
 class HttpConfig(Section, frozen=True, kw_only=True):
     """The front end's limits."""
 
@@ -82,6 +92,7 @@ class ServeConfig(Section, frozen=True, kw_only=True):
     rdzv_endpoint: str = ""  # HOST:PORT of node 0, when there is more than one node
     engine: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig()
+    residency: ResidencyConfig = ResidencyConfig()
     http: HttpConfig = HttpConfig()
     admission: AdmissionConfig = AdmissionConfig()
     jobs: JobsConfig = JobsConfig()

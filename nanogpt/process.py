@@ -83,6 +83,11 @@ def keep_freed_memory() -> None:
     mallopt(_M_TOP_PAD, 256 * 2**20)
 
 
+def give_back_memory() -> None:
+    """Return to the kernel what malloc keeps of freed memory (see `keep_freed_memory`)."""
+    _libc().malloc_trim(0)
+
+
 def spin_briefly() -> None:
     """Have idle OpenMP threads spin for tens of microseconds only. Call before torch is imported.
 

@@ -1,6 +1,7 @@
 """What travels between front end and engines: a request going in, token events coming out."""
 
-from typing import Literal
+from collections.abc import Collection, Sequence
+from typing import Any, Literal
 
 import msgspec
 
@@ -32,6 +33,22 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     priority: int = 0  # lower runs first
     tenant: str = ""  # whom the scheduler treats fairly: an API key and its end user
     weight: float = 1.0  # the tenant's share, relative to those of others
+
+    def remaining(
+        self,
+        tokens: Sequence[Sequence[int]],
+        finished: Collection[int],
+        scored: Sequence[int],
+    ) -> "GenerateRequest":
+        """What is left to do, with the tokens so far of every choice, the indices that need no more
+        work, and how many log probabilities of each prompt are known."""
+        changes: dict[str, Any] = {"finished": tuple(sorted(finished))}
+        if any(tokens):
+            changes["resumed"] = tuple(map(tuple, tokens))
+        known = zip(scored, self.prompts, strict=True)
+        if self.params.prompt_logprobs and all(n >= len(prompt) - 1 for n, prompt in known):
+            changes["params"] = msgspec.structs.replace(self.params, prompt_logprobs=False)
+        return msgspec.structs.replace(self, **changes)
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -76,12 +93,28 @@ class PromptScored(msgspec.Struct, frozen=True, array_like=True, gc=False):
     position: int
     logprobs: tuple[TokenLogprobs, ...]
 
+    def beyond(self, scored: int) -> "PromptScored | None":
+        """What is new when so many values of the prompt are known: a resumed prompt is scored from
+        its start. None when nothing is, or something in between is missing."""
+        # Positions count from the prompt's second token, which is the first that has a value.
+        known = scored + 1 - self.position
+        if known < 0 or known >= len(self.logprobs):
+            return None
+        if known == 0:
+            return self
+        return msgspec.structs.replace(
+            self, position=self.position + known, logprobs=self.logprobs[known:]
+        )
+
 
 class RequestFailed(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """This rank gives the request up: ours to fix, never the client's fault."""
+    """The request is given up: ours to fix, never the client's fault. With `retry_after` (seconds)
+    another attempt may well succeed; `code` is that of the error which the client gets."""
 
     request_id: str
     message: str
+    code: str = ""
+    retry_after: int = 0
 
 
 EngineEvent = TokenEvent | PromptScored | RequestFailed

@@ -9,7 +9,9 @@ import os
 import stat
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from nanogpt.errors import StartupError
 
@@ -89,6 +91,25 @@ class RunDir:
     def is_stopping(self) -> bool:
         return self._stopping.exists()
 
+    # Models: what is in memory, and what operators pinned, for who takes a dead process's place.
+
+    @property
+    def descriptions(self) -> Path:
+        """Of models that were loaded once: see nanogpt/engine/descriptions.py."""
+        return self.path / "descriptions"
+
+    def set_models(self, kind: Literal["resident", "pinned"], names: Sequence[str]) -> None:
+        new = self.path / f"{kind}.new"
+        new.write_text("\n".join(names))
+        new.replace(self.path / kind)
+
+    def models(self, kind: Literal["resident", "pinned"]) -> list[str] | None:
+        """None: nobody has said yet."""
+        try:
+            return (self.path / kind).read_text().splitlines()
+        except FileNotFoundError:
+            return None
+
     # A reload: the launcher asks for it, the front end answers when nothing runs any more.
 
     @property
@@ -101,6 +122,7 @@ class RunDir:
 
     def ask_reload(self) -> None:
         self._held.unlink(missing_ok=True)
+        (self.path / "resident").unlink(missing_ok=True)  # the new configuration says it
         self._reload.touch()
 
     def is_reload_asked(self) -> bool:
@@ -117,7 +139,8 @@ class RunDir:
 
     def clear_marks(self) -> None:
         """Forget what an earlier run left."""
-        for path in (self._fatal, self._stopping, self._reload, self._held):
+        marks = (self._fatal, self._stopping, self._reload, self._held)
+        for path in (*marks, self.path / "resident", self.path / "pinned"):
             path.unlink(missing_ok=True)
 
     # Locks: held for as long as a process lives, whatever kills it.

@@ -29,6 +29,7 @@ BASE = {
     "nanogpt.rundir",
     "nanogpt.sampling_params",
     "nanogpt.section",
+    "nanogpt.servable",
     "nanogpt.tokenizer",
     "nanogpt.weight_files",
 }
@@ -66,6 +67,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         BASE | {"nanogpt.bench", "nanogpt.engine", "nanogpt.model"},
         {"torch"},
     ),
+    "nanogpt.bench.job_stores": (BASE | {"nanogpt.bench", "nanogpt.jobs"}, set()),
     "nanogpt.bench.fake_rank": (BASE | {"nanogpt.bench", "nanogpt.cluster"}, set()),
     "nanogpt.bench.roofline": (BASE | {"nanogpt.model"}, {"torch"}),
     "nanogpt.admin": (BASE | {"nanogpt.api.admission"}, set()),

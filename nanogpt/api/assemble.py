@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 
 from nanogpt.api.choice import ChoiceText, Delta, TokenText, add_entry
+from nanogpt.api.errors import given_up
 from nanogpt.api.objects import Logprobs, PromptTokensDetails, Usage
 from nanogpt.api.plan import Plan
 from nanogpt.api.tokens import token_text
@@ -80,7 +81,7 @@ class Assembler:
     def feed(self, events: Sequence[EngineEvent]) -> tuple[list[Delta], list[int]]:
         """(what is new, choices to cancel because a stop string ended them).
 
-        Raises ServerError when the engines gave the request up.
+        Raises ServerError when the engines gave the request up; Unavailable: for now only.
         """
         touched: dict[int, ChoiceText] = {}
         stopped: list[int] = []
@@ -100,7 +101,7 @@ class Assembler:
             elif isinstance(event, PromptScored):
                 self._score(event, touched)
             else:
-                raise ServerError(f"the request could not be completed: {event.message}")
+                raise given_up(event)
         deltas = self._take(touched)
         if self.done and any(self._to_echo):
             raise ServerError("the engines did not score the prompt; this is not your fault")

@@ -11,8 +11,10 @@ from nanogpt.errors import (
     NotFound,
     PayloadTooLarge,
     ServerError,
+    Unavailable,
     UnsupportedMediaType,
 )
+from nanogpt.request import RequestFailed
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,14 @@ def unexpected(error: Exception) -> ApiError:
     """Log an error that is ours, and give the answer that says nothing of its inside."""
     log.error("unexpected error", exc_info=error)
     return ServerError("the server failed to answer this request; this is not your fault")
+
+
+def given_up(event: RequestFailed) -> ApiError:
+    """The error of a request that the cluster has given up."""
+    if event.retry_after:
+        return Unavailable(event.message, code=event.code, retry_after=event.retry_after)
+    message = f"the request could not be completed: {event.message}"
+    return ServerError(message, code=event.code or None)
 
 
 def from_status(

@@ -43,6 +43,8 @@ class TokenGenerator:
     """An engine without a network: each step gives every choice one token, `rate` steps a second
     (0: as fast as it goes)."""
 
+    info = MODEL
+
     def __init__(self, rate: float) -> None:
         self._interval = 1 / rate if rate else 0.0
         self._due = time.monotonic()

@@ -332,7 +332,7 @@ class ClusterClient:
         elif isinstance(message, Beat):
             self._watch.beat(message.rank, time.monotonic())
             self._stats[message.rank] = message.stats
-        else:
+        elif isinstance(message, RankReady):
             self._join(group, message)
 
     def _join(self, group: _Group, message: RankReady) -> None:

@@ -8,11 +8,10 @@ from nanogpt.cluster.broadcast import Broadcast
 from nanogpt.cluster.messages import (
     PROTOCOL_VERSION,
     Alive,
-    Cancel,
+    Command,
     Frame,
     Hello,
     Introduce,
-    Submit,
     Welcome,
     encode,
 )
@@ -40,12 +39,15 @@ class Lead:
         control.send(hello)
 
     @staticmethod
-    def hello(world_size: int, models: tuple[ModelInfo, ...]) -> Hello:
-        return Hello(PROTOCOL_VERSION, world_size, models, os.getpid())
+    def hello(
+        world_size: int, models: tuple[ModelInfo, ...], needs: tuple[int, ...] = (), budget: int = 0
+    ) -> Hello:
+        """See Hello for what these are."""
+        return Hello(PROTOCOL_VERSION, world_size, models, os.getpid(), needs, budget)
 
     def turn(self, timeout_ms: int) -> None:
         """Queue for broadcast what has come, after waiting up to `timeout_ms` for something."""
-        commands: list[Welcome | Submit | Cancel] = []
+        commands: list[Command] = []
         for message in self._control.receive(timeout_ms):
             if isinstance(message, Introduce):
                 log.info("a new front end: saying hello again")

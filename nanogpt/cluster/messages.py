@@ -1,8 +1,10 @@
 """Everything that crosses a process border, as typed and frozen messages in msgpack.
 
     front end ──Welcome, Submit, Cancel──► rank 0 ──Frame (broadcast)──► every rank
+    front end ──LoadModel, UnloadModel──► likewise
     front end ◄──Hello, Alive── rank 0
     front end ◄──RankReady, EventBatch, Beat── every rank
+    front end ◄──ModelLoaded, ModelFailed, ModelUnloaded── every rank
 
 `epoch` numbers one incarnation of the worker group as one front end knows it. The front end
 grants it in answer to Hello; whatever carries an older one is out of date and dropped.
@@ -24,7 +26,7 @@ from nanogpt.request import (
     TokenEvent,
 )
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 64 * 2**20  # a full batch of prompts is under 20 MiB
 
 
@@ -40,12 +42,19 @@ class Message(msgspec.Struct, frozen=True, tag=True, array_like=True, gc=False):
 
 
 class Hello(Message, frozen=True):
-    """A worker group has loaded its models and asks for an epoch."""
+    """A worker group has loaded what it begins with, and asks for an epoch.
+
+    `models` are all that it can serve, in memory or not. `needs` are the bytes of weights and KV
+    that each of them takes on a rank (empty: they are all there, and stay), and `budget` those for
+    all that are in memory at once (0: there is no limit).
+    """
 
     version: int
     world_size: int
     models: tuple[ModelInfo, ...]
     pid: int
+    needs: tuple[int, ...] = ()
+    budget: int = 0
 
 
 class Alive(Message, frozen=True):
@@ -85,11 +94,26 @@ class Cancel(Message, frozen=True):
     index: int | None = None
 
 
+class LoadModel(Message, frozen=True):
+    """Every rank is to have this model in memory, and answers when it has."""
+
+    epoch: int
+    model: str
+
+
+class UnloadModel(Message, frozen=True):
+    """No rank is to have this model in memory, and each answers when it has given that back."""
+
+    epoch: int
+    model: str
+
+
 class Introduce(Message, frozen=True):
     """The front end doesn't know this worker group: say Hello (again)."""
 
 
-ToRankZero = Welcome | Submit | Cancel | Introduce
+Command = Welcome | Submit | Cancel | LoadModel | UnloadModel
+ToRankZero = Command | Introduce
 FromRankZero = Hello | Alive
 
 
@@ -100,7 +124,7 @@ class Frame(Message, frozen=True):
     """
 
     tick: int
-    commands: tuple[Welcome | Submit | Cancel, ...]
+    commands: tuple[Command, ...]
 
 
 # Every rank to the front end
@@ -110,7 +134,7 @@ class RankReady(Message, frozen=True):
     """This rank has joined the epoch and takes requests.
 
     `before`: how the process ended whose place it took, as an exit code or the negative number of
-    a signal; 0 when there was none.
+    a signal; 0 when there was none. `models` are those that it has in memory.
     """
 
     epoch: int
@@ -118,6 +142,33 @@ class RankReady(Message, frozen=True):
     node: int
     pid: int
     before: int = 0
+    models: tuple[str, ...] = ()
+
+
+class ModelLoaded(Message, frozen=True):
+    """This rank has the model in memory, after so many seconds of loading."""
+
+    epoch: int
+    rank: int
+    info: ModelInfo
+    seconds: float
+
+
+class ModelFailed(Message, frozen=True):
+    """This rank can't load the model."""
+
+    epoch: int
+    rank: int
+    model: str
+    message: str
+
+
+class ModelUnloaded(Message, frozen=True):
+    """This rank no longer has the model in memory."""
+
+    epoch: int
+    rank: int
+    model: str
 
 
 class EventBatch(Message, frozen=True):
@@ -146,7 +197,8 @@ class Beat(Message, frozen=True):
     stats: tuple[EngineStats, ...] = ()
 
 
-FromRank = RankReady | EventBatch | Beat
+ModelAnswer = ModelLoaded | ModelFailed | ModelUnloaded
+FromRank = RankReady | EventBatch | Beat | ModelAnswer
 
 M = TypeVar("M")
 _encoder = msgspec.msgpack.Encoder()

@@ -190,6 +190,11 @@ class Engine:
         while self.has_work:
             self.step()
 
+    def close(self) -> None:
+        """Give weights and KV cache back at once: nothing may be asked of the engine any more."""
+        self._runner.close()
+        self._bursts = None
+
     # Adding
 
     def _add_prompt(self, request: GenerateRequest, prompt_i: int) -> None:

@@ -1,25 +1,19 @@
-"""From configuration to engines: device, dtype, memory, models."""
+"""From configuration to an engine: device, dtype, memory, weights."""
 
-import gc
-import logging
 import os
-import time
 
 import torch
 
 from nanogpt import process, registry
 from nanogpt.config import ServeConfig
-from nanogpt.engine.attention import kv_bytes_per_block
 from nanogpt.engine.cpu.library import load_kernels
 from nanogpt.engine.cpu.linear import best_dtype
 from nanogpt.engine.engine import Engine
-from nanogpt.engine.kv_cache import blocks_per_context
+from nanogpt.engine.sizes import size_of
 from nanogpt.errors import StartupError
 from nanogpt.model.dtypes import DTYPES, WeightDtype, fastest_dtype
 from nanogpt.model.load import LoadedModel, load_model
 from nanogpt.ranks import Ranks
-
-log = logging.getLogger(__name__)
 
 GIB = 2**30
 CPU_SHARE = 0.4  # of the memory that is free after loading, for KV
@@ -81,29 +75,6 @@ def kv_budget(
     return min(CPU_MOST, int(free * CPU_SHARE / ranks.local_world_size))
 
 
-def load_engines(config: ServeConfig, ranks: Ranks) -> dict[str, Engine]:
-    """An engine for each configured model, warmed up. Raises StartupError."""
-    started = time.monotonic()
-    device = choose_device(config, ranks)
-    try:
-        loaded = [
-            load(config, name, source, device) for name, source in registry.sources(config.models)
-        ]
-        engines = _build(config, ranks, device, loaded)
-    except torch.OutOfMemoryError as error:
-        raise StartupError(
-            f"too little memory on {device} for {', '.join(config.models)}: serve fewer "
-            "models, use a smaller dtype, or set engine.kv_memory_gib lower"
-        ) from error
-    for engine in engines.values():
-        engine.warm_up()
-    gc.collect()
-    gc.freeze()  # what is loaded stays: no need to look at it again and again
-    names = ", ".join(f"{m.info.name} ({m.info.dtype})" for m in loaded)
-    log.info("%s on %s, %.1f s", names, device, time.monotonic() - started)
-    return engines
-
-
 def plan_blocks(
     budget: int, bytes_per_context: list[int], blocks_per_context: list[int], most_contexts: int
 ) -> list[int]:
@@ -119,26 +90,18 @@ def plan_blocks(
     return [int(contexts * blocks) for blocks in blocks_per_context]
 
 
-def _build(
+def plan_loaded(
     config: ServeConfig, ranks: Ranks, device: torch.device, loaded: list[LoadedModel]
-) -> dict[str, Engine]:
-    size = config.engine.block_size
-    shapes = [m.model.config for m in loaded]
-    dtypes = [next(m.model.parameters()).dtype for m in loaded]
-    per_context = [blocks_per_context(m.info.context_length, size) for m in loaded]
+) -> dict[str, int]:
+    """Blocks of KV for models that share what is free now."""
+    sizes = [size_of(config, device, m.info, m.model.config) for m in loaded]
     num_blocks = plan_blocks(
         kv_budget(config, ranks, device, loaded),
-        [
-            count * kv_bytes_per_block(shape, size, dtype, device)
-            for count, shape, dtype in zip(per_context, shapes, dtypes, strict=True)
-        ],
-        per_context,
+        [size.context for size in sizes],
+        [size.blocks_per_context for size in sizes],
         config.engine.max_num_seqs,
     )
-    return {
-        m.info.name: build_engine(m, blocks, config, ranks, device)
-        for m, blocks in zip(loaded, num_blocks, strict=True)
-    }
+    return {m.info.name: blocks for m, blocks in zip(loaded, num_blocks, strict=True)}
 
 
 def build_engine(
