@@ -37,6 +37,7 @@ from nanogpt.api.jobs.remote import RemoteCluster
 from nanogpt.api.jobs.stored import Stored
 from nanogpt.api.jobs.upload import FRAME_BYTES
 from nanogpt.api.listener import listen
+from nanogpt.api.openapi import OPERATIONS
 from nanogpt.api.operators import Operators
 from nanogpt.api.server import allow_time, malformed_request, serve
 from nanogpt.api.service import Service
@@ -61,6 +62,7 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 UPLOAD_BYTES_S = 100_000  # the slowest upload of a file that is waited for
 KEYLESS = {"/health", "/ready"}  # routes for whoever watches the process
+KEYED = frozenset(o.path for o in OPERATIONS if o.once)  # routes that take an Idempotency-Key
 
 
 class _AnyText(BaseConverter):
@@ -114,7 +116,7 @@ def create_app(
     if role != "worker":
         _add_admin_routes(app, Operators(admission))
     _add_errors(app)
-    _add_headers(app, service, admission, settings)
+    _add_headers(app, service, admission, settings, KEYED if jobs is not None else frozenset())
     return app
 
 
@@ -380,7 +382,11 @@ def _add_errors(app: flask.Flask) -> None:
 
 
 def _add_headers(
-    app: flask.Flask, service: Service, admission: Admission, settings: HttpConfig
+    app: flask.Flask,
+    service: Service,
+    admission: Admission,
+    settings: HttpConfig,
+    taking_keys: frozenset[str],
 ) -> None:
     request = flask.request
 
@@ -394,6 +400,8 @@ def _add_headers(
         if request.method != "OPTIONS" and request.path not in KEYLESS:
             admin = request.path == "/admin" or request.path.startswith("/admin/")
             flask.g.caller.authenticate(request.headers.get("Authorization"), admin=admin)
+        if request.method == "POST" and request.path not in taking_keys:
+            once.refuse(request.path, request.headers.get(once.HEADER))
 
     @app.after_request
     def finish(response: flask.Response) -> flask.Response:

@@ -133,3 +133,21 @@ class Unavailable(ApiError):
 
     def __init__(self, message: str, *, code: str = "overloaded", retry_after: int = 1) -> None:
         super().__init__(message, code=code, headers={"Retry-After": str(retry_after)})
+
+
+def draining() -> Unavailable:
+    """No new requests are taken by this process."""
+    return Unavailable(
+        "the server is shutting down; send the request to another one or try again",
+        code="draining",
+        retry_after=5,
+    )
+
+
+def too_many_choices(count: int, most: int) -> InvalidRequest:
+    """More than may ever be in progress at once."""
+    return InvalidRequest(
+        f"the request has {count} choices (prompts times n or best_of), this server takes at most "
+        f"{most} at once; split it",
+        param="n",
+    )

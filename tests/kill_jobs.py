@@ -1,12 +1,15 @@
 """Kills enqueuers, workers and Redis for a while, and looks whether any job was lost or done twice.
 
     python -m tests.kill_jobs --jobs 10000 --kills 500        some minutes; the short one is a test
+    python -m tests.kill_jobs --queue sqs                     messages in a stand-in for SQS
 
 Every process has a log to which it adds a line when the store has told it that something is done.
 What a log says is compared with what Redis has at the end.
 """
 
 import argparse
+import contextlib
+import os
 import random
 import signal
 import subprocess
@@ -19,8 +22,11 @@ from typing import NamedTuple
 
 from nanogpt.jobs.redis import RedisStore
 from nanogpt.jobs.runner import Lease, Runner
+from nanogpt.jobs.shared import open_shared
 from nanogpt.jobs.store import Job, StoreUnavailable
+from nanogpt.jobs_config import JobsConfig, QueueConfig
 from tests.redis_server import RedisServer, redis_server
+from tests.sqs_server import CREDENTIALS, sqs_server
 
 RECORDS = 5
 LEASE_S = 1.5
@@ -28,13 +34,12 @@ ENQUEUERS, WORKERS = 2, 3
 END_S = 120  # for what was accepted to be done, once nothing is killed any more
 
 
-def open_store(url: str) -> RedisStore:
-    return RedisStore(url, max_queued=10**6, max_bytes=10**10)
+def open_store(url: str, results: str) -> RedisStore:
+    return open_shared(QueueConfig(url=url, results=results), JobsConfig(max_queued=10**6))
 
 
-def enqueue(url: str, log: Path, pause_s: float) -> None:
+def enqueue(store: RedisStore, log: Path, pause_s: float) -> None:
     """Puts jobs for ever; those that were accepted are in the log."""
-    store = open_store(url)
     with log.open("a", buffering=1) as file:
         for i in range(10**9):
             name = f"{log.stem}-{i}"
@@ -50,9 +55,8 @@ def enqueue(url: str, log: Path, pause_s: float) -> None:
             time.sleep(pause_s)
 
 
-def work(url: str, log: Path) -> None:
+def work(store: RedisStore, log: Path) -> None:
     """Carries jobs out for ever; those that it has ended are in the log, with its fence."""
-    store = open_store(url)
     with log.open("a", buffering=1) as file:
 
         def execute(lease: Lease) -> None:
@@ -90,8 +94,11 @@ class Report(NamedTuple):
 class Loop:
     """The processes, and what is done to them."""
 
-    def __init__(self, redis: RedisServer, directory: Path, pause_s: float, seed: int) -> None:
-        self._redis, self._directory, self._pause_s = redis, directory, pause_s
+    def __init__(
+        self, redis: RedisServer, queue: QueueConfig, directory: Path, pause_s: float, seed: int
+    ) -> None:
+        self._redis, self._queue = redis, queue
+        self._directory, self._pause_s = directory, pause_s
         self._random = random.Random(seed)
         self._started = 0
         self._alive: dict[str, list[tuple[subprocess.Popen[bytes], Path]]] = {}
@@ -100,9 +107,9 @@ class Loop:
     def start(self, role: str) -> None:
         self._started += 1
         log = self._directory / f"{role}{self._started}"
-        command = [sys.executable, "-m", "tests.kill_jobs", role, self._redis.url, str(log)]
-        options = ["--pause", str(self._pause_s)]
-        process = subprocess.Popen([*command, *options])
+        command = [sys.executable, "-m", "tests.kill_jobs", role, self._queue.url, str(log)]
+        options = ["--pause", str(self._pause_s), "--results", self._queue.results]
+        process = subprocess.Popen([*command, *options], env={**os.environ, **CREDENTIALS})
         self._alive.setdefault(role, []).append((process, log))
 
     def kill_one(self) -> None:
@@ -137,12 +144,18 @@ class Loop:
         return [line for text in texts for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def run(jobs: int, kills: int, seed: int, pause_s: float = 0.005) -> Report:
+def run(jobs: int, kills: int, seed: int, pause_s: float = 0.005, kind: str = "redis") -> Report:
     """Until so many jobs were accepted and so many processes killed, and all is done."""
-    with tempfile.TemporaryDirectory() as folder, redis_server(Path(folder, "redis")) as redis:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        redis = stack.enter_context(redis_server(Path(folder, "redis")))
+        queue = QueueConfig(url=redis.url)
+        if kind == "sqs":
+            sqs = stack.enter_context(sqs_server())
+            queue = QueueConfig(url=sqs.make(), results=redis.url)
         logs = Path(folder, "logs")
         logs.mkdir()
-        loop = Loop(redis, logs, pause_s, seed)
+        loop = Loop(redis, queue, logs, pause_s, seed)
         try:
             for role, count in (("enqueue", ENQUEUERS), ("work", WORKERS)):
                 for _ in range(count):
@@ -152,7 +165,7 @@ def run(jobs: int, kills: int, seed: int, pause_s: float = 0.005) -> Report:
                 loop.kill_one()
                 time.sleep(0.3)
             loop.stop("enqueue")
-            return _check(loop, open_store(redis.url))
+            return _check(loop, open_store(redis.url, ""))
         finally:
             loop.stop("enqueue")
             loop.stop("work")
@@ -187,18 +200,20 @@ def main() -> int:
     parser.add_argument("role", nargs="?", choices=["enqueue", "work"], help=argparse.SUPPRESS)
     parser.add_argument("url", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("log", nargs="?", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--results", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--queue", choices=["redis", "sqs"], default="redis")
     parser.add_argument("--pause", type=float, default=0.005, help="seconds between two jobs")
     parser.add_argument("--jobs", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     if args.role == "enqueue":
-        enqueue(args.url, args.log, args.pause)
+        enqueue(open_store(args.url, args.results), args.log, args.pause)
     elif args.role == "work":
-        work(args.url, args.log)
+        work(open_store(args.url, args.results), args.log)
     else:
         started = time.monotonic()
-        report = run(args.jobs, args.kills, args.seed, args.pause)
+        report = run(args.jobs, args.kills, args.seed, args.pause, args.queue)
         print(*report.wrong[:20], sep="\n")
         print(
             f"{report.accepted} jobs accepted, {dict(report.kills)} killed in "

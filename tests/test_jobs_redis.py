@@ -206,9 +206,10 @@ def test_nothing_is_lost_or_doubled_when_redis_is_killed(tmp_path):
         store.close()
 
 
-def test_enqueuers_workers_and_redis_may_all_be_killed():
+@pytest.mark.parametrize("kind", ["redis", "sqs"])
+def test_enqueuers_workers_and_redis_may_all_be_killed(kind):
     """The short form of python -m tests.kill_jobs."""
-    report = kill_jobs.run(jobs=100, kills=12, seed=1)
+    report = kill_jobs.run(jobs=100, kills=12, seed=1, kind=kind)
     assert report.wrong == []
     assert report.accepted >= 100
     assert report.kills.total() >= 12

@@ -1,6 +1,7 @@
 """The contract as OpenAPI 3.1, made from the structs that validate requests and shape answers."""
 
 import re
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
@@ -10,6 +11,7 @@ from nanogpt import __version__
 from nanogpt.api import objects, operators
 from nanogpt.api.admission.bans import Ban
 from nanogpt.api.admission.explain import Explanation
+from nanogpt.api.jobs import once
 from nanogpt.api.jobs.objects import StoredCompletion
 from nanogpt.api.jobs.operations import JOB_OPERATIONS
 from nanogpt.api.operation import ACCESS_ERRORS, ADMIN_ERRORS, BODY_ERRORS, Access, Operation
@@ -23,7 +25,7 @@ OPERATIONS = (
         "background in a while.",
         body=CompletionRequest,
         answer=objects.Completion,
-        errors=(*BODY_ERRORS, 409),
+        errors=BODY_ERRORS,
         streams=True,
         accepted=StoredCompletion,
         once=True,
@@ -233,7 +235,7 @@ def _operation(operation: Operation) -> dict[str, Any]:
                 "content": {media: {"schema": _ref(kind)}},
             }
     parameters = [("query", name) for name in operation.query]
-    parameters += [("header", "Idempotency-Key")] if operation.once else []
+    parameters += [("header", once.HEADER)] if operation.once else []
     parameters += [("path", name) for name in re.findall(r"\{(\w+)\}", operation.path)]
     if parameters:
         described["parameters"] = [
@@ -260,7 +262,8 @@ def _responses(operation: Operation) -> dict[str, Any]:
         "description": "error",
         "content": {"application/json": {"schema": _ref(objects.ErrorResponse)}},
     }
-    errors = (*operation.errors, *ACCESS_ERRORS[operation.access])
+    conflict = (HTTPStatus.CONFLICT.value,) if operation.once else ()
+    errors = (*operation.errors, *ACCESS_ERRORS[operation.access], *conflict)
     responses = {str(status): error for status in errors}
     for status in (200, *operation.also_answers):
         responses[str(status)] = {"description": "answer", "content": content}

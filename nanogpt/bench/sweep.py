@@ -18,11 +18,12 @@ from nanogpt.engine.cpu.linear import multiplies_natively
 from nanogpt.engine.kv_cache import blocks_per_context
 from nanogpt.engine.model_runner import ModelRunner
 from nanogpt.engine.sampler import Sampler
-from nanogpt.engine.setup import build_engine, choose_device, load
+from nanogpt.engine.setup import build_engine, choose_device, load, plan_loaded
 from nanogpt.errors import ConfigError
 from nanogpt.registry import sources
 from nanogpt.request import GenerateRequest, RequestFailed, TokenEvent
 from nanogpt.sampling_params import SamplingParams
+from nanogpt.tokenizer import load_tokenizer
 
 WARM_STEPS = 3
 MS = 1000.0
@@ -195,6 +196,38 @@ class Bench:
                 params=SamplingParams(seed=self._requests, max_tokens=max_tokens, ignore_eos=True),
             )
         )
+
+
+class Lines:
+    """One model, loaded as the only one of a rank, for requests that are there all at once."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        """Raises StartupError."""
+        device = choose_device(config, ALONE)
+        ((name, source),) = sources(config.models)
+        loaded = load(config, name, source, device)
+        self._tokenizer = load_tokenizer(loaded.info.tokenizer)
+        blocks = plan_loaded(config, ALONE, device, [loaded])[loaded.info.name]
+        self._engine = build_engine(loaded, blocks, config, ALONE, device)
+        self._engine.warm_up()
+        self._info = loaded.info
+
+    def run(self, prompts: Sequence[str], tokens: int) -> None:
+        """Until each prompt has got so many tokens."""
+        for i, prompt in enumerate(prompts):
+            params = SamplingParams(seed=i, max_tokens=tokens, ignore_eos=True)
+            self._engine.add(
+                GenerateRequest(
+                    request_id=f"line-{i}",
+                    model=self._info.name,
+                    prompts=(tuple(self._tokenizer.encode(prompt)),),
+                    n=1,
+                    owners=(0,),
+                    params=params,
+                )
+            )
+        while self._engine.has_work:
+            self._engine.step()
 
 
 def _room(steps: int) -> int:

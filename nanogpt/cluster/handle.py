@@ -3,11 +3,10 @@
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import msgspec
 
-from nanogpt.cluster.placement import Placement
+from nanogpt.cluster.intake import Place
 from nanogpt.request import (
     EngineEvent,
     GenerateRequest,
@@ -28,13 +27,17 @@ class RequestHandle:
     def __init__(
         self,
         request: GenerateRequest,
-        placement: Placement,
+        place: Place,
         cancel: Callable[["RequestHandle", int | None], None],
         fingerprint: str = "",
+        *,
+        is_patient: bool = False,
     ) -> None:
+        """`is_patient`: it waits for its model as long as that takes."""
         count = len(request.prompts) * request.n
         self.request = request
-        self.placement = placement  # where the load of its choices is counted
+        self.place = place
+        self.is_patient = is_patient
         self.fingerprint = fingerprint  # of the weights that it is for
         self._cancel = cancel
         self._hand_over = threading.Lock()
@@ -52,7 +55,12 @@ class RequestHandle:
     @property
     def owners(self) -> tuple[int, ...]:
         """Rank of each choice."""
-        return self.request.owners
+        return self.place.owners
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything of it was generated."""
+        return any(self._generated) or any(self._scored)
 
     @property
     def done(self) -> bool:
@@ -111,17 +119,11 @@ class RequestHandle:
     def _accept_scored(self, event: PromptScored) -> PromptScored | None:
         if not 0 <= event.prompt_i < len(self._scored):
             return None
-        # Positions count from the prompt's second token, which is the first that has a value.
-        known = self._scored[event.prompt_i] + 1 - event.position
-        if known < 0 or known >= len(event.logprobs):
-            return None
-        self._scored[event.prompt_i] += len(event.logprobs) - known
-        self.blame = 0
-        if known == 0:
-            return event
-        return msgspec.structs.replace(
-            event, position=event.position + known, logprobs=event.logprobs[known:]
-        )
+        new = event.beyond(self._scored[event.prompt_i])
+        if new is not None:
+            self._scored[event.prompt_i] += len(new.logprobs)
+            self.blame = 0
+        return new
 
     def deliver(self, events: list[EngineEvent]) -> None:
         with self._hand_over:
@@ -130,25 +132,15 @@ class RequestHandle:
             else:
                 self._sink(events)
 
-    def fail(self, message: str) -> Sequence[int]:
-        """End the request as ours to answer for. Returns the choices that were still open."""
-        event = RequestFailed(self.request_id, message)
+    def fail(self, message: str, code: str = "", retry_after: int = 0) -> Sequence[int]:
+        """End the request as ours to answer for (see RequestFailed). Returns the choices that were
+        still open."""
+        event = RequestFailed(self.request_id, message, code, retry_after)
         _, finished = self.accept(event)
         self.deliver([event])
         return finished
 
     def remaining(self) -> GenerateRequest:
-        """The request as a new incarnation gets it: with the tokens so far."""
-        changes: dict[str, Any] = {"finished": tuple(sorted(self.finished))}
-        if any(self._generated):
-            changes["resumed"] = tuple(map(tuple, self._generated))
-        params = self.request.params
-        if params.prompt_logprobs and self._all_scored():
-            changes["params"] = msgspec.structs.replace(params, prompt_logprobs=False)
-        return msgspec.structs.replace(self.request, **changes)
-
-    def _all_scored(self) -> bool:
-        return all(
-            seen >= len(prompt) - 1
-            for seen, prompt in zip(self._scored, self.request.prompts, strict=True)
-        )
+        """The request as the ranks get it: with its owners, and the tokens so far."""
+        placed = msgspec.structs.replace(self.request, owners=self.owners)
+        return placed.remaining(self._generated, self.finished, self._scored)

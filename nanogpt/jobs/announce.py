@@ -70,6 +70,11 @@ class Announcer:
         self._stop.set()
         self._thread.join()
 
+    def is_offered(self, model: str) -> bool:
+        """Whether any cluster has it, or had it less than OFFERED_S ago. Raises
+        StoreUnavailable."""
+        return bool(self._link.command("EXISTS", f"{self._prefix}:model:{model}"))
+
     def _run(self) -> None:
         told = False
         while not self._stop.is_set():

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from nanogpt.api.admission.bans import Ban
-from nanogpt.api.admission.state import State
+from nanogpt.api.admission.state import State, is_meant
 from nanogpt.api.admission.subject import Subject
 
 log = logging.getLogger("admission")
@@ -119,7 +119,7 @@ class SharedState(State):
         now, subject = self._time(), Subject(change.key, change.user)
         known = [ban for ban in self.bans(now) if ban.created <= change.time]
         if change.ban is None:
-            if any(_meant(ban, subject) for ban in known):
+            if any(is_meant(ban.subject, subject) for ban in known):
                 super().lift(subject, now)
                 self._carried_out += 1
         elif change.ban.holds(now) and change.ban not in known:
@@ -133,16 +133,9 @@ def _latest(changes: list[Change]) -> list[Change]:
     for change in changes:
         if change.ban is None:
             subject = Subject(change.key, change.user)
-            kept = [c for c in kept if c.ban is None or not _meant(c.ban, subject)]
+            kept = [c for c in kept if c.ban is None or not is_meant(c.ban.subject, subject)]
         kept.append(change)
     return kept
-
-
-def _meant(ban: Ban, subject: Subject) -> bool:
-    """As State.lift has it."""
-    return ban.user == subject.user and (
-        ban.key == subject.key or (not subject.key and bool(subject.user))
-    )
 
 
 def _text(entry: bytes | str) -> str:

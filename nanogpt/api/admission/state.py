@@ -194,7 +194,7 @@ class State:
                 subject,
             ).fetchall()
             db.execute(f"DELETE FROM actions {where}", subject)
-            lifted = [ban for ban in self._held if _is_meant(ban.subject, subject)]
+            lifted = [ban for ban in self._held if is_meant(ban.subject, subject)]
             self._held = [ban for ban in self._held if ban not in lifted]
         bans = [*(Ban(*row) for row in rows), *lifted]
         return [ban for ban in bans if ban.holds(now)]
@@ -232,7 +232,7 @@ def _identity(path: str) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def _is_meant(known: Subject, subject: Subject) -> bool:
+def is_meant(known: Subject, subject: Subject) -> bool:
     """As `lift` says it in SQL."""
     every_key = not subject.key and bool(subject.user)
     return known.user == subject.user and (every_key or known.key == subject.key)

@@ -24,7 +24,7 @@ from nanogpt.errors import ApiError, NotFound
 from nanogpt.jobs import batches
 from nanogpt.jobs.batches import BatchError, BatchLine, BatchState, LineResult, Validation
 from nanogpt.jobs.files import Files, Upload
-from nanogpt.jobs.runner import Lease
+from nanogpt.jobs.runner import Lease, PutBack
 from nanogpt.jobs.store import Job, Status, StoreUnavailable
 
 log = logging.getLogger(__name__)
@@ -220,6 +220,10 @@ class _Run:
             self._take(_answered(self._lease.job.id, number, line, refused(error)))
             self._turn(0.0)
             return not self._must_stop(clock)
+        if self._runner.is_elsewhere(request):
+            while self._running:  # so that each attempt brings the batch further
+                self._turn(FLUSH_S)
+            raise PutBack(f"the model {request.model!r} is served by another cluster")
         while True:
             if self._must_stop(clock):
                 return False

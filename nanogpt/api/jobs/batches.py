@@ -25,7 +25,7 @@ from nanogpt.api.jobs.owned import owned
 from nanogpt.api.jobs.paging import page
 from nanogpt.api.protocol import METADATA, Metadata
 from nanogpt.api.response import encode
-from nanogpt.errors import InvalidRequest, NotFound, Unavailable
+from nanogpt.errors import InvalidRequest, NotFound, draining
 from nanogpt.jobs import batches
 from nanogpt.jobs.batches import WINDOW_S, BatchSpec, BatchState
 from nanogpt.jobs.files import info_of
@@ -66,7 +66,7 @@ class BatchRoutes:
         known = self._store.find(name) if name else None
         if known is None:
             if self._cluster.status().draining:
-                raise Unavailable("the server is shutting down; try again", code="draining")
+                raise draining()
             file = self._files.find(caller, request.input_file_id, "input_file_id")
             if info_of(file).purpose != PURPOSE:
                 raise InvalidRequest(

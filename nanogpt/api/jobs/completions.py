@@ -25,7 +25,7 @@ from nanogpt.api.plan import Plan, make_plan, real_name
 from nanogpt.api.protocol import CompletionRequest
 from nanogpt.api.response import encode
 from nanogpt.api.service import CLIENT_GONE, Service
-from nanogpt.errors import InvalidRequest, NotFound, Unavailable
+from nanogpt.errors import InvalidRequest, NotFound, Unavailable, draining
 from nanogpt.jobs.store import ONCE_S, Job, Lane, Store
 from nanogpt.registry import ModelCard
 
@@ -142,11 +142,7 @@ class Completions:
 
     def _check_draining(self) -> None:
         if self._cluster.status().draining:
-            raise Unavailable(
-                "the server is shutting down; send the request to another one or try again",
-                code="draining",
-                retry_after=5,
-            )
+            raise draining()
 
     def settle(self, job_id: str, prompt_tokens: int, completion_tokens: int) -> None:
         """What the job has used: the rest of what was reserved for it is given back. A job that

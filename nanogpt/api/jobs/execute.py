@@ -5,19 +5,23 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from nanogpt.api.admission import Admission
 from nanogpt.api.assemble import Assembler
 from nanogpt.api.backend import Cluster, Handle
 from nanogpt.api.catalogue import system_fingerprint
 from nanogpt.api.errors import ClientGone
 from nanogpt.api.jobs import outcome
 from nanogpt.api.jobs.generated import Generated
+from nanogpt.api.jobs.owned import check_still_allowed
 from nanogpt.api.jobs.unattended import generate
+from nanogpt.api.jobs.whereabouts import Elsewhere, find_here, nowhere
 from nanogpt.api.metrics import Metrics
-from nanogpt.api.plan import Plan, find_model, make_plan
+from nanogpt.api.plan import Plan, make_plan
 from nanogpt.api.response import Collected
 from nanogpt.api.response import encode as to_json
-from nanogpt.errors import ServerError
+from nanogpt.errors import Banned, ServerError
 from nanogpt.jobs.runner import Lease
+from nanogpt.jobs.store import Status
 from nanogpt.request import EngineEvent
 from nanogpt.tokenizer import Tokenizer
 
@@ -33,32 +37,51 @@ class CompletionExecutor:
     prompts, and generated."""
 
     def __init__(
-        self, cluster: Cluster, metrics: Metrics, settle: Callable[[str, int, int], None]
+        self,
+        cluster: Cluster,
+        admission: Admission,
+        metrics: Metrics,
+        settle: Callable[[str, int, int], None],
+        elsewhere: Elsewhere = nowhere,
     ) -> None:
-        self._cluster, self._metrics, self._settle = cluster, metrics, settle
+        self._cluster, self._admission, self._metrics = cluster, admission, metrics
+        self._settle, self._elsewhere = settle, elsewhere
 
     def __call__(self, lease: Lease) -> None:
         records = list(lease.each_record())
         plan = outcome.plan_of(lease.job)
-        info = find_model(self._cluster.models(), plan.request.model)
+        info = find_here(self._cluster, plan.request.model, self._elsewhere)
         tokenizer = self._cluster.tokenizer(info.name)
         same = system_fingerprint(info) == plan.fingerprint
         if not same and not records:
             plan = _again(plan, make_plan(plan.completion, info, tokenizer))
         text = Text(plan, tokenizer, records)
         if not same and records:
-            lease.complete("incomplete", text.ended(_changed()))
+            lease.complete("incomplete", text.ended(replaced()))
             return
-        done = text.assembler.done or (not lease.cancelled and self._generate(lease, text))
+        banned: Banned | None = None
+        try:
+            done = text.assembler.done or (not lease.cancelled and self._generate(lease, text))
+        except Banned as error:
+            done, banned = False, error
         usage = text.assembler.usage()
         self._settle(lease.job.id, usage.prompt_tokens, usage.completion_tokens)
         if done:
             lease.complete("completed", text.completed(), records=text.unkept())
-        else:
-            lease.complete("cancelled", text.ended(None), records=text.unkept())
+            return
+        status: Status = "failed" if banned else "cancelled"
+        lease.complete(status, text.ended(banned), records=text.unkept())
 
     def _generate(self, lease: Lease, text: "Text") -> bool:
-        """False when it was cancelled."""
+        """False when it was cancelled. Raises Banned."""
+        job, user = lease.job, text.plan.completion.user
+        check_still_allowed(self._admission, job.owner, user, job.id)
+
+        def is_cancelled() -> bool:
+            lease.check()
+            check_still_allowed(self._admission, job.owner, user, job.id)
+            return lease.cancelled
+
         handle = _Keeper(self._cluster.submit(text.remaining(lease.job.fence)), lease, text)
         try:
             generate(
@@ -67,19 +90,15 @@ class CompletionExecutor:
                 text.assembler,
                 text.collected,
                 self._metrics,
-                lambda: _is_cancelled(lease),
+                is_cancelled,
             )
         except ClientGone:
             return False
         return True
 
 
-def _is_cancelled(lease: Lease) -> bool:
-    lease.check()
-    return lease.cancelled
-
-
-def _changed() -> ServerError:
+def replaced() -> ServerError:
+    """The rest of a text would be another model's."""
     return ServerError(
         "the model or the engine was replaced while this completion was generated, so its text "
         "can't go on; send the request again"

@@ -1,7 +1,6 @@
 """What the engines have generated of a request so far: kept in a job's records, and not yet."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import msgspec
 
@@ -37,7 +36,7 @@ class Generated:
     def has_any(self) -> bool:
         return any(self._tokens)
 
-    def finished(self) -> Iterable[int]:
+    def finished(self) -> Collection[int]:
         """Choices that need no more work."""
         return sorted(self._finished)
 
@@ -54,16 +53,9 @@ class Generated:
         return new
 
     def _unknown(self, event: EngineEvent) -> EngineEvent | None:
-        if not isinstance(event, PromptScored):
-            return event
-        known = self._scored[event.prompt_i] + 1 - event.position  # positions begin at 1
-        if known <= 0:
-            return event
-        if known >= len(event.logprobs):
-            return None
-        return msgspec.structs.replace(
-            event, position=event.position + known, logprobs=event.logprobs[known:]
-        )
+        if isinstance(event, PromptScored):
+            return event.beyond(self._scored[event.prompt_i])
+        return event
 
     @property
     def has_unkept(self) -> bool:
@@ -84,13 +76,6 @@ class Generated:
 
     def remaining(self, fence: int) -> GenerateRequest:
         """What the engines still have to do."""
-        request = self._request
+        left = self._request.remaining(self._tokens, self.finished(), self._scored)
         # Another attempt may still be ending: the engines must tell them apart.
-        changes: dict[str, Any] = {"request_id": f"{request.request_id}.{fence}"}
-        changes["finished"] = tuple(self.finished())
-        if any(self._tokens):
-            changes["resumed"] = tuple(map(tuple, self._tokens))
-        scored = zip(self._scored, request.prompts, strict=True)
-        if request.params.prompt_logprobs and all(n >= len(p) - 1 for n, p in scored):
-            changes["params"] = msgspec.structs.replace(request.params, prompt_logprobs=False)
-        return msgspec.structs.replace(request, **changes)
+        return msgspec.structs.replace(left, request_id=f"{left.request_id}.{fence}")

@@ -14,6 +14,7 @@ from nanogpt.api.caller import Caller
 from nanogpt.api.errors import ClientGone
 from nanogpt.api.jobs.completions import BATCH_PRIORITY, behind
 from nanogpt.api.jobs.unattended import generate
+from nanogpt.api.jobs.whereabouts import Elsewhere, nowhere
 from nanogpt.api.metrics import Metrics
 from nanogpt.api.plan import Plan, make_plan, real_name
 from nanogpt.api.protocol import CompletionRequest, parse_completion, prompt_count
@@ -43,9 +44,10 @@ class LineRunner:
         admission: Admission,
         metrics: Metrics,
         clock: Callable[[], float],
+        elsewhere: Elsewhere = nowhere,
     ) -> None:
         self._cluster, self._cards, self._admission = cluster, cards, admission
-        self._metrics, self._clock = metrics, clock
+        self._metrics, self._clock, self._elsewhere = metrics, clock, elsewhere
 
     def parse(self, body: bytes) -> CompletionRequest:
         """Raises InvalidRequest."""
@@ -56,6 +58,12 @@ class LineRunner:
                     f"{field} is not possible in a batch; leave it out", param=field
                 )
         return request
+
+    def is_elsewhere(self, request: CompletionRequest) -> bool:
+        """Whether the line is for another cluster. Raises Unavailable."""
+        models = self._cluster.models()
+        name = real_name(models, request.model, self._cards)
+        return name not in models and self._elsewhere(name)
 
     def run(
         self,
@@ -104,8 +112,13 @@ class LineRunner:
         caller.admit_line(plan)
         assembler, collected = Assembler(plan, tokenizer), Collected(plan)
         handle = self._submit(plan, stopped)
+
+        def is_over() -> bool:
+            caller.check_still_allowed()
+            return stopped()
+
         try:
-            generate(plan, handle, assembler, collected, self._metrics, stopped)
+            generate(plan, handle, assembler, collected, self._metrics, is_over)
         except ClientGone:
             raise Stopped from None
         return encode(collected.completion(assembler, assembler.best(plan.completion.n)))

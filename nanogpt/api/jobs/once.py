@@ -24,6 +24,17 @@ def name(caller: Caller, key: str | None) -> str:
     return hashlib.sha256(f"{caller.name}\0{key}".encode()).hexdigest()
 
 
+def refuse(path: str, key: str | None) -> None:
+    """For a POST that doesn't take a key. Raises InvalidRequest for one: nobody may believe that
+    it was heeded."""
+    if key is not None:
+        raise InvalidRequest(
+            f"{HEADER} is not taken by {path[:100]}, which may be repeated as it is; leave the "
+            "header out",
+            param=HEADER,
+        )
+
+
 def digest(route: str, *parts: bytes) -> bytes:
     """Of what is asked for. The route is part of it."""
     found = hashlib.sha256(route.encode())

@@ -7,7 +7,7 @@ from nanogpt.api.operation import Operation
 
 _PLAIN = (404, 500, 503)
 _QUERY = (400, 404, 500, 503)
-_POST = (400, 404, 408, 409, 413, 415, 500, 503)
+_POST = (400, 404, 408, 413, 415, 500, 503)
 
 JOB_OPERATIONS = (
     Operation(
@@ -32,7 +32,7 @@ JOB_OPERATIONS = (
         path="/v1/completions/{id}/cancel",
         summary="Stop a stored completion. Asking again changes nothing.",
         answer=objects.StoredCompletion,
-        errors=_PLAIN,
+        errors=_QUERY,
     ),
     Operation(
         method="post",
@@ -101,6 +101,6 @@ JOB_OPERATIONS = (
         path="/v1/batches/{id}/cancel",
         summary="Stop a batch; what is done by then is in its files. Asking again changes nothing.",
         answer=objects.Batch,
-        errors=_PLAIN,
+        errors=_QUERY,
     ),
 )

@@ -1,7 +1,8 @@
 """A request that a web server took and a cluster generates: what they tell each other in a job.
 
-The job holds the engines' request, its records their events, its result only the reason if it
-failed. Text, stop strings and limits are the web server's business, as without a queue.
+The job holds the engines' request, its records their events, its result the last event if that
+says that it failed. Text, stop strings and limits are the web server's business, as without a
+queue.
 """
 
 import logging
@@ -14,10 +15,11 @@ import msgspec
 from nanogpt.api.backend import Cluster
 from nanogpt.api.catalogue import system_fingerprint
 from nanogpt.api.jobs import outcome
-from nanogpt.api.jobs.execute import RETRY_S, STREAM_FLUSH_S
+from nanogpt.api.jobs.execute import RETRY_S, STREAM_FLUSH_S, replaced
 from nanogpt.api.jobs.generated import Generated
+from nanogpt.api.jobs.whereabouts import Elsewhere, find_here, nowhere
 from nanogpt.errors import ApiError
-from nanogpt.jobs.runner import Lease, PutBack
+from nanogpt.jobs.runner import Lease
 from nanogpt.jobs.store import Job, Lane, Store, StoreUnavailable
 from nanogpt.registry import ModelInfo
 from nanogpt.request import EngineEvent, GenerateRequest, RequestFailed, TokenEvent
@@ -38,6 +40,7 @@ class Relayed(msgspec.Struct, frozen=True):
 
 _encode = msgspec.msgpack.Encoder().encode
 _relayed = msgspec.msgpack.Decoder(Relayed)
+_failures = msgspec.msgpack.Decoder(RequestFailed)
 
 
 def choices(job: Job) -> int:
@@ -49,35 +52,32 @@ def choices(job: Job) -> int:
 def failed(error: Exception) -> bytes:
     """The result of a job that ended in an error."""
     message = error.message if isinstance(error, ApiError) else f"the cluster failed: {error}"
-    return message.encode()
+    return _encode(RequestFailed("", message))
 
 
 class RelayExecutor:
     """The cluster's side: see nanogpt.jobs.runner.Executor."""
 
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
+    def __init__(self, cluster: Cluster, elsewhere: Elsewhere = nowhere) -> None:
+        self._cluster, self._elsewhere = cluster, elsewhere
 
     def __call__(self, lease: Lease) -> None:
         relayed = _relayed.decode(lease.job.request)
-        info = self._cluster.models().get(relayed.request.model)
-        if info is None:
-            raise PutBack(f"the model {relayed.request.model!r} is not served here")
+        info = find_here(self._cluster, relayed.request.model, self._elsewhere)
         # The first who has it needs not ask what others left.
         records = list(lease.each_record()) if lease.job.fence > 1 else []
         so_far = Generated(relayed.request, records)
         if system_fingerprint(info) != relayed.fingerprint and so_far.has_any:
-            lease.complete(
-                "failed",
-                b"the model or the engine was replaced while this completion was generated, so its "
-                b"text can't go on; send the request again",
-            )
+            lease.complete("failed", failed(replaced()))
             return
-        if not so_far.done:
-            self._generate(lease, so_far)
-        lease.complete("completed", b"", records=so_far.unkept())
+        failure = None if so_far.done else self._generate(lease, so_far)
+        if failure is None:
+            lease.complete("completed", b"", records=so_far.unkept())
+        else:
+            lease.complete("failed", _encode(failure), records=so_far.unkept())
 
-    def _generate(self, lease: Lease, so_far: Generated) -> None:
+    def _generate(self, lease: Lease, so_far: Generated) -> RequestFailed | None:
+        """What the engines gave it up with, if they did."""
         handle = self._cluster.submit(so_far.remaining(lease.job.fence))
         keep_at, look_at = 0.0, time.monotonic() + LOOK_S
         try:
@@ -91,7 +91,8 @@ class RelayExecutor:
                 wait = max(0.0, keep_at - now) if so_far.has_unkept else LOOK_S
                 for event in so_far.accept(handle.events(wait)):
                     if isinstance(event, RequestFailed):
-                        raise RuntimeError(event.message)
+                        return event
+            return None
         finally:
             if not so_far.done:
                 handle.cancel()
@@ -128,13 +129,13 @@ class RelayHandle:
         if not records and (job is None or job.ended):
             self._over = True
             if self._left:
-                found.append(RequestFailed(self._id, self._reason(job)))
+                found.append(self._failure(job))
         return found
 
-    def _reason(self, job: Job | None) -> str:
+    def _failure(self, job: Job | None) -> RequestFailed:
         if job is None or not job.result:
-            return "the queue has lost the request"
-        return job.result.decode(errors="replace")
+            return RequestFailed(self._id, "the queue has lost the request")
+        return msgspec.structs.replace(_failures.decode(job.result), request_id=self._id)
 
     def send_to(self, sink: Callable[[Sequence[EngineEvent]], None]) -> None:
         def follow() -> None:

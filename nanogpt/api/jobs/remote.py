@@ -7,7 +7,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from nanogpt.api.jobs import relay
-from nanogpt.errors import CheckpointError, InvalidRequest, ModelNotFound, Unavailable
+from nanogpt.errors import (
+    CheckpointError,
+    ModelNotFound,
+    Unavailable,
+    draining,
+    too_many_choices,
+)
 from nanogpt.jobs.announce import Clusters, Listener
 from nanogpt.jobs.store import Store, StoreUnavailable
 from nanogpt.registry import ModelInfo
@@ -95,18 +101,10 @@ class RemoteCluster:
     def submit(self, request: GenerateRequest) -> relay.RelayHandle:
         """Raises Unavailable; InvalidRequest for too many choices."""
         if self._draining:
-            raise Unavailable(
-                "the server is shutting down; send the request to another one or try again",
-                code="draining",
-                retry_after=5,
-            )
+            raise draining()
         count = len(request.prompts) * request.n
         if count > self._max_outstanding:
-            raise InvalidRequest(
-                f"the request has {count} choices (prompts times n or best_of), this server takes "
-                f"at most {self._max_outstanding} at once; split it",
-                param="n",
-            )
+            raise too_many_choices(count, self._max_outstanding)
         info = self._found.models.get(request.model)
         if info is None:
             raise Unavailable("the model is no longer there; try again soon", code="starting")

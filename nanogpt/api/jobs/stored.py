@@ -15,6 +15,7 @@ from nanogpt.api.jobs.completions import Completions
 from nanogpt.api.jobs.execute import CompletionExecutor
 from nanogpt.api.jobs.files import FileRoutes
 from nanogpt.api.jobs.lines import LineRunner
+from nanogpt.api.jobs.whereabouts import nowhere
 from nanogpt.api.service import Service
 from nanogpt.jobs.announce import Announcer
 from nanogpt.jobs.runner import LEASE_S, SHARED_LEASE_S, Runner
@@ -53,13 +54,16 @@ class Stored:
         self._contents = open_files(directory / "files", store, config, clock)
         self.files = FileRoutes(self._contents, store, keep_s=keep_s)
         self.batches = BatchRoutes(self.files, store, cluster, keep_s=keep_s, clock=clock)
+        elsewhere = nowhere if announcer is None else announcer.is_offered
         self._runner = Runner(
             store,
             {
-                "completion": CompletionExecutor(cluster, service.metrics, self.completions.settle),
-                "generate": relay.RelayExecutor(cluster),
+                "completion": CompletionExecutor(
+                    cluster, admission, service.metrics, self.completions.settle, elsewhere
+                ),
+                "generate": relay.RelayExecutor(cluster, elsewhere),
                 "batch": BatchExecutor(
-                    LineRunner(cluster, cards, admission, service.metrics, clock),
+                    LineRunner(cluster, cards, admission, service.metrics, clock, elsewhere),
                     self._contents,
                     Room(config.max_running),
                     max_line_bytes=max_body_bytes,
