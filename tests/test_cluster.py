@@ -12,6 +12,7 @@ from nanogpt.cluster import rank_loop, transport
 from nanogpt.cluster.broadcast import Broadcast
 from nanogpt.cluster.client import ClusterClient
 from nanogpt.cluster.handle import RequestHandle
+from nanogpt.cluster.intake import Place
 from nanogpt.cluster.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
@@ -132,7 +133,7 @@ def test_finished_choices_weigh_nothing():
 
 
 def handle_of(req: GenerateRequest) -> RequestHandle:
-    return RequestHandle(req, Placement(1), lambda handle, index: None)
+    return RequestHandle(req, Place(Placement(1), req.owners), lambda handle, index: None)
 
 
 @given(
@@ -374,7 +375,7 @@ def test_next_group_gets_the_request_with_its_tokens(client, workers, endpoints,
     workers.events(TokenEvent("r1", 0, 2, (0,)))  # too late: its epoch is over
     heirs.events(TokenEvent("r1", 0, 2, (2, 2), (), "length"))
     assert handle.events(10) == [TokenEvent("r1", 0, 2, (2, 2), (), "length")]
-    wait_for(lambda: client._outstanding == 0)
+    wait_for(lambda: client._intake.outstanding == 0)
     heirs.close()
 
 
@@ -392,7 +393,7 @@ def test_too_much_outstanding_is_overloaded_and_recovers(client, workers):
     assert refused.value.code == "overloaded"
     assert refused.value.headers["Retry-After"]
     handle.cancel()
-    wait_for(lambda: client._outstanding == 0)
+    wait_for(lambda: client._intake.outstanding == 0)
     client.submit(request())
 
 
@@ -426,8 +427,11 @@ def test_a_wrong_curve_key_connects_to_nothing(tmp_path):
         stranger.client_public,
         stranger.client_secret,
     )
+    keyless = Welcome(1, right.remote_events)
     bad, good = EventLink(wrong, is_local=False), EventLink(right, is_local=False)
+    none = EventLink(keyless, is_local=True)  # connects without CURVE
     bad.send(RankReady(1, 1, 1, 1))
+    none.send(RankReady(1, 2, 1, 1))
     good.send(RankReady(1, 0, 1, 1))
     got = []
     deadline = time.monotonic() + 10
@@ -438,7 +442,7 @@ def test_a_wrong_curve_key_connects_to_nothing(tmp_path):
         sockets.poll(50)
         got += sockets.event_messages()
     assert [m.rank for m in got] == [0]
-    for thing in (bad, good, sockets, other):
+    for thing in (bad, none, good, sockets, other):
         thing.close()
 
 

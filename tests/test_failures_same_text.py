@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanogpt.cluster.handle import RequestHandle
+from nanogpt.cluster.intake import Place
 from nanogpt.cluster.placement import Placement
 from nanogpt.engine.engine import Engine
 from nanogpt.model.gpt import GPT, GPTConfig
@@ -83,7 +84,8 @@ class Cluster:
 
     def submit(self, req: GenerateRequest) -> None:
         placed = self._add(req)
-        self.handles[req.request_id] = RequestHandle(placed, self.placement, lambda *_: None)
+        place = Place(self.placement, placed.owners)
+        self.handles[req.request_id] = RequestHandle(placed, place, lambda *_: None)
 
     def step(self) -> bool:
         """One step of each rank; whether there is more to do."""
@@ -222,7 +224,7 @@ def test_the_property_reaches_preemption_prefix_hits_and_both_sides_of_a_crash(l
 
 def test_a_rank_that_repeats_itself_is_not_heard_twice():
     """Late events of the dead ranks may come beside those of the new ones."""
-    handle = RequestHandle(request("r", max_tokens=4), Placement(1), lambda *_: None)
+    handle = RequestHandle(request("r", max_tokens=4), Place(Placement(1), (0,)), lambda *_: None)
     first = TokenEvent("r", 0, 0, (5,))
     assert handle.accept(first)[0] is first
     assert handle.accept(first)[0] is None

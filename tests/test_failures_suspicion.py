@@ -179,7 +179,7 @@ def test_the_guilty_one_fails_and_the_other_lives(client, endpoints, ready):
     assert group.submitted() == ["good"]
     assert isinstance(handles["bad"].events(5)[-1], RequestFailed)
     group.events(TokenEvent("good", 0, len(handles["good"].remaining().resumed), (1,), (), "stop"))
-    wait_for(lambda: client._outstanding == 0)
+    wait_for(lambda: client._intake.outstanding == 0)
     group.close()
 
 

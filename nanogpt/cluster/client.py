@@ -3,7 +3,8 @@
 One I/O thread owns the sockets, the epoch and every handle's progress. HTTP threads talk to it
 through a deque and an eventfd. A worker group that comes (back) says Hello, gets a new epoch, and
 receives every unfinished request again together with the tokens that its choices have so far.
-What a group may have died of is in suspicion.py.
+Which models are in memory, and so which requests may run, is decided in residency.py; what a group
+may have died of, in suspicion.py.
 """
 
 import logging
@@ -13,12 +14,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection
+from concurrent.futures import Future
 from typing import NamedTuple
 
-import msgspec
-
+from nanogpt.cluster.changes import Changes
 from nanogpt.cluster.handle import RequestHandle
 from nanogpt.cluster.hold import Hold
+from nanogpt.cluster.intake import Intake
 from nanogpt.cluster.messages import (
     PROTOCOL_VERSION,
     Alive,
@@ -33,11 +35,11 @@ from nanogpt.cluster.messages import (
     RankReady,
     Submit,
 )
-from nanogpt.cluster.placement import Placement
+from nanogpt.cluster.residency import Admit, ModelStatus, Refuse, Residency
 from nanogpt.cluster.suspicion import Suspicion, is_suspect
 from nanogpt.cluster.transport import FrontEndSockets
 from nanogpt.cluster.watch import Watch
-from nanogpt.errors import InvalidRequest, ModelNotFound, Unavailable
+from nanogpt.errors import Conflict, ModelNotFound, Unavailable
 from nanogpt.registry import ModelInfo
 from nanogpt.request import EngineEvent, EngineStats, GenerateRequest
 from nanogpt.tokenizer import Tokenizer, load_tokenizer
@@ -48,6 +50,10 @@ log = logging.getLogger(__name__)
 # come back soon, and then they are better off elsewhere.
 RESTART_PATIENCE_S = 30.0
 COME_BACK_S = 10  # Retry-After, then
+
+POLL_MS = 500
+BUSY_POLL_MS = 20  # while the time decides about models
+ASK_S = 5.0  # for the I/O thread to answer an operator
 
 
 class ClusterStatus(NamedTuple):
@@ -84,19 +90,24 @@ class ClusterClient:
         on_orphaned: Callable[[], None] | None = None,
         owner_pid: int | None = None,
         hold: Hold | None = None,
+        residency: Residency | None = None,
+        save_models: Callable[[list[str], list[str]], None] = lambda resident, pinned: None,
     ) -> None:
+        """`save_models` keeps what a group, and another front end, is to begin with."""
         self._make_sockets = sockets
         self._watch = watch
-        self._max_outstanding = max_outstanding
         self._hold = hold or Hold()
+        self._residency = residency or Residency(wait_s=float("inf"))
+        self._changes = Changes(self._residency, self._learn)
+        self._save_models = save_models
+        self._saved: tuple[list[str], list[str]] | None = None
         self._on_ready = on_ready
         self._on_orphaned = on_orphaned
         self._owner_fd = os.pidfd_open(owner_pid) if owner_pid else None
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._calls: deque[Callable[[], None]] = deque()
-        self._lock = threading.Lock()  # placement and the number of outstanding choices
-        self._placement = Placement(1)
-        self._outstanding = 0
+        self._lock = threading.Lock()  # between taking a request and holding all of them back
+        self._intake = Intake(max_outstanding)
         self._handles: dict[str, RequestHandle] = {}
         self._group: _Group | None = None
         self._suspicion = Suspicion()
@@ -119,8 +130,49 @@ class ClusterClient:
     # What HTTP threads may ask
 
     def models(self) -> dict[str, ModelInfo]:
-        """Loaded models by name; empty until a worker group has come."""
+        """Models that are served, by name, in memory or not; empty until a group has come."""
         return dict(self._models)
+
+    def model_states(self) -> dict[str, ModelStatus]:
+        """The same models, as far as their memory is concerned."""
+        return {status.name: status for status in self._residency.status()}
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes on each rank that models take, and that they may (0: there is no limit)."""
+        return self._residency.used, self._residency.budget
+
+    def load(self, model: str) -> None:
+        """Have a model loaded, as soon as there is room. Returns at once. This and the next three
+        raise ModelNotFound; Conflict when it can't be; Unavailable."""
+        self._order(model, self._residency.load)
+
+    def unload(self, model: str) -> None:
+        """Have a model unloaded, once what runs on it has finished."""
+        self._order(model, self._residency.unload)
+
+    def pin(self, model: str) -> None:
+        """Have a model loaded, and kept."""
+        self._order(model, self._residency.pin)
+
+    def unpin(self, model: str) -> None:
+        self._order(model, self._residency.unpin)
+
+    def _order(self, model: str, change: Callable[[str], str]) -> None:
+        """Have the I/O thread do it."""
+        done: Future[str | None] = Future()
+
+        def carry_out() -> None:
+            done.set_result(change(model) if model in self._models else None)
+
+        self._call(carry_out)
+        try:
+            problem = done.result(ASK_S)
+        except TimeoutError:
+            raise Unavailable("the front end is busy; try again", code="starting") from None
+        if problem is None:
+            raise ModelNotFound(f"the model {model!r} is not served here", param="model")
+        if problem:
+            raise Conflict(problem)
 
     def tokenizer(self, model: str) -> Tokenizer:
         """Raises ModelNotFound."""
@@ -157,13 +209,14 @@ class ClusterClient:
         """Take no new requests; those that were accepted go on."""
         self._draining = True
 
-    def submit(self, request: GenerateRequest) -> RequestHandle:
+    def submit(self, request: GenerateRequest, *, is_patient: bool = False) -> RequestHandle:
         """Accept a request: from here on it gets every token, or one RequestFailed.
 
-        One that was interrupted says in `resumed` and `finished` what it has already.
-        While a worker group restarts the request waits for the next one, and during a reload this
-        call does. Raises Unavailable before the first group has come, when one does not come back,
-        while draining, and when too much is outstanding.
+        One that was interrupted says in `resumed` and `finished` what it has already. While its
+        model is not in memory it waits; unless it is patient there is a limit to that. While a
+        worker group restarts it waits for the next one, and during a reload this call does. Raises
+        Unavailable before the first group has come, when one does not come back, while draining,
+        and when too much is outstanding.
         """
         known = self._models.get(request.model)
         while True:
@@ -171,7 +224,7 @@ class ClusterClient:
             with self._lock:
                 # Under the lock: what is accepted from here on must not be overlooked by a reload.
                 if self._hold.is_open:
-                    handle = self._accept(request)
+                    handle = self._accept(request, is_patient)
                     break
         now = self._models.get(request.model)
         if known is not None and now is not None and known.fingerprint != now.fingerprint:
@@ -199,28 +252,12 @@ class ClusterClient:
                 retry_after=COME_BACK_S,
             )
 
-    def _accept(self, request: GenerateRequest) -> RequestHandle:
+    def _accept(self, request: GenerateRequest, is_patient: bool) -> RequestHandle:
         """Count and place a request; the I/O thread sends it. Call with the lock."""
-        total = len(request.prompts) * request.n
-        count = total - len(request.finished)
-        if count > self._max_outstanding:
-            raise InvalidRequest(
-                f"the request has {count} choices (prompts times n or best_of), this server takes "
-                f"at most {self._max_outstanding} at once; split it",
-                param="n",
-            )
-        if self._outstanding + count > self._max_outstanding:
-            raise Unavailable(
-                f"{self._outstanding} choices are in progress, the limit is "
-                f"{self._max_outstanding}; try again soon"
-            )
-        self._outstanding += count
-        owners = self._placement.place(total, request.finished)
-        placed = msgspec.structs.replace(request, owners=owners)
+        place = self._intake.take(len(request.prompts) * request.n, request.finished)
         info = self._models.get(request.model)
-        handle = RequestHandle(
-            placed, self._placement, self._cancel, fingerprint=info.fingerprint if info else ""
-        )
+        fingerprint = info.fingerprint if info else ""
+        handle = RequestHandle(request, place, self._cancel, fingerprint, is_patient=is_patient)
         self._call(lambda: self._admit(handle))
         return handle
 
@@ -249,7 +286,8 @@ class ClusterClient:
             if self._owner_fd is not None:
                 self._sockets.watch(self._owner_fd)
             while not self._stop:
-                self._turn(self._sockets.poll(500))
+                busy = self._is_open and self._residency.is_busy
+                self._turn(self._sockets.poll(BUSY_POLL_MS if busy else POLL_MS))
         finally:
             self._sockets.close()
 
@@ -273,12 +311,17 @@ class ClusterClient:
         except ProtocolError as error:
             log.error("dropped a message: %s", error)
         now = time.monotonic()
+        self._decide(now)
         self._watch.check(now)
-        self._hold.turn(now, self._is_idle, self._group is not None and self._group.ready)
+        self._hold.turn(now, self._is_idle, self._is_open)
+
+    @property
+    def _is_open(self) -> bool:
+        return self._group is not None and self._group.ready
 
     def _is_idle(self) -> bool:
         with self._lock:
-            return self._outstanding == 0
+            return self._intake.outstanding == 0
 
     def _end(self) -> None:
         self._stop = True
@@ -297,17 +340,27 @@ class ClusterClient:
             return  # it was asked twice to introduce itself
         # Larger than any epoch an earlier front end granted: the clock counts in between.
         self._last_epoch = max(self._last_epoch + 1, int(time.time() * 1000))
-        for info in hello.models:
-            known = self._models.get(info.name)
-            if known is None or known.tokenizer != info.tokenizer:
-                self._tokenizers[info.name] = load_tokenizer(info.tokenizer)
-        self._models = {info.name: info for info in hello.models}
-        self._stats.clear()
         self._bury()
+        for info in hello.models:
+            self._learn(info)
+        self._models = {info.name: info for info in hello.models}
+        needs = hello.needs or (0,) * len(hello.models)
+        self._residency.configure(dict(zip(self._models, needs, strict=True)), hello.budget)
+        for handle in [h for h in self._handles.values() if h.request.model not in self._models]:
+            self._fail(handle, "the model is no longer there")
+        self._changes.greet(hello.world_size)
+        self._stats.clear()
         self._group = _Group(self._last_epoch, identity, hello)
         self._watch.begin()
         log.info("epoch %d: %d ranks, pid %d", self._last_epoch, hello.world_size, hello.pid)
         self._sockets.send(identity, self._sockets.welcome(self._last_epoch))
+
+    def _learn(self, info: ModelInfo) -> None:
+        """What is known of a model now."""
+        known = self._models.get(info.name)
+        if known is None or known.tokenizer != info.tokenizer:
+            self._tokenizers[info.name] = load_tokenizer(info.tokenizer)
+        self._models = {**self._models, info.name: info}
 
     def _bury(self) -> None:
         """The group is over: a rank has ended, or another group is there. Events that are still on
@@ -318,6 +371,7 @@ class ClusterClient:
         for pidfd in self._watch.pidfds:
             self._sockets.unwatch(pidfd)
         group.dead, group.ready = True, False
+        self._residency.lose()
         if group.sent:
             self._suspicion.died(self._handles[i] for i in group.sent)
         if self._down_since is None:
@@ -334,26 +388,30 @@ class ClusterClient:
             self._stats[message.rank] = message.stats
         elif isinstance(message, RankReady):
             self._join(group, message)
+        else:
+            self._changes.answer(message, time.monotonic())
 
     def _join(self, group: _Group, message: RankReady) -> None:
         if group.dead or message.rank in group.joined:
             return
         group.joined.add(message.rank)
         group.ends.append(message.before)
+        # Who tells no needs has all models, always.
+        self._changes.join(message.rank, message.models if group.hello.needs else (*self._models,))
         pidfd = self._watch.join(message.rank, message.node, message.pid, time.monotonic())
         if pidfd is not None:
             self._sockets.watch(pidfd)
         if len(group.joined) < group.hello.world_size:
             return
-        with self._lock:
-            self._placement = Placement(group.hello.world_size)
+        self._intake.begin(group.hello.world_size)
+        self._changes.begin(time.monotonic())
         group.ready = True
         self._judge(group)
         if self._handles:
             log.info("epoch %d goes on with %d requests", group.epoch, len(self._handles))
         else:
             self._down_since = None
-        self._send_waiting(group)
+        self._choose_trial(group)
         if self._on_ready:
             self._on_ready(self.status(), self.models())
 
@@ -363,55 +421,66 @@ class ClusterClient:
             log.error("request %s kills the engines: it is given up", guilty.request_id)
             self._fail(guilty, "the engines died of this request, and again when it ran alone")
 
-    def _send_waiting(self, group: _Group) -> None:
-        """Send what the group does not have: a suspect first, with nothing else but what has been
-        cleared; everything when there is none."""
-        waiting = [h for h in self._handles.values() if h.request_id not in group.sent]
-        suspects = [handle for handle in waiting if is_suspect(handle)]
+    def _choose_trial(self, group: _Group) -> None:
+        """A suspect runs first, with nothing else but what has been cleared; all when there is
+        none."""
+        suspects = [
+            h for h in self._handles.values() if h.request_id not in group.sent and is_suspect(h)
+        ]
         group.trial = max(suspects, key=lambda handle: handle.blame, default=None)
-        for handle in waiting if group.trial is None else [group.trial]:
-            self._resume(handle)
-
-    def _end_trial(self) -> None:
-        """After a token or an end: go on if it was that of the suspect."""
-        group = self._group
-        if group is None or not group.ready or group.trial is None:
-            return
-        if group.trial.done or not is_suspect(group.trial):
-            self._send_waiting(group)
 
     def _admit(self, handle: RequestHandle) -> None:
         self._handles[handle.request_id] = handle
-        group = self._group
-        if group is None or not group.ready or group.trial is not None:
-            return  # it is sent when the group is there, and nobody runs alone
-        if handle.placement is self._placement:
-            self._submit(group, handle.request)
-        else:  # accepted just before this group came
-            self._resume(handle)
-
-    def _resume(self, handle: RequestHandle) -> None:
-        """Place what remains of a request on the present group, and send it."""
-        assert self._group is not None
-        if handle.request.model not in self._models:
+        model = handle.request.model
+        if model in self._models:
+            self._residency.arrive(
+                handle.request_id, model, time.monotonic(), is_patient=handle.is_patient
+            )
+        else:
             self._fail(handle, "the model is no longer there")
+
+    def _decide(self, now: float) -> None:
+        """Carry out what follows from all that has happened."""
+        group = self._group
+        if group is None or not group.ready:
             return
+        if group.trial and (group.trial.done or not is_suspect(group.trial)):
+            self._choose_trial(group)
+        only = group.trial.request_id if group.trial else None
+        for action in self._residency.turn(now, only):
+            if isinstance(action, Admit):
+                self._run_on(group, self._handles[action.request_id])
+            elif isinstance(action, Refuse):
+                self._fail(self._handles[action.request_id], *action[1:])
+            else:
+                self._tell(group, self._changes.command(action, group.epoch))
+        models = (self._residency.resident, self._residency.pinned)
+        if models != self._saved:
+            self._save_models(*models)
+            self._saved = models
+
+    def _run_on(self, group: _Group, handle: RequestHandle) -> None:
+        """Send what remains of a request, placed on the present group."""
         if handle.fingerprint not in ("", self._models[handle.request.model].fingerprint):
-            self._fail(handle, "the weights of the model were replaced while this request ran")
+            self._fail_replaced(handle)
             return
-        with self._lock:
-            owners = self._placement.place(len(handle.owners), tuple(handle.finished))
-        handle.placement = self._placement
-        handle.request = msgspec.structs.replace(handle.request, owners=owners)
-        self._submit(self._group, handle.remaining())
+        if not self._intake.is_current(handle.place.placement):
+            handle.place = self._intake.place_again(len(handle.owners), handle.finished)
+        group.sent.add(handle.request_id)
+        self._tell(group, Submit(group.epoch, handle.remaining()))
 
-    def _fail(self, handle: RequestHandle, message: str) -> None:
-        self._release(handle, handle.fail(message))
+    def _fail_replaced(self, handle: RequestHandle) -> None:
+        if handle.has_begun:
+            self._fail(handle, "the weights of the model were replaced while this request ran")
+        else:
+            message = "the weights of the model have just been replaced; send the request again"
+            self._fail(handle, message, "starting", 1)
+
+    def _fail(
+        self, handle: RequestHandle, message: str, code: str = "", retry_after: int = 0
+    ) -> None:
+        self._release(handle, handle.fail(message, code, retry_after))
         self._forget(handle)
-
-    def _submit(self, group: _Group, request: GenerateRequest) -> None:
-        group.sent.add(request.request_id)
-        self._tell(group, Submit(group.epoch, request))
 
     def _tell(self, group: _Group, message: Message) -> None:
         self._sockets.send(group.identity, message)
@@ -432,9 +501,8 @@ class ClusterClient:
             handle.deliver(events)
             if handle.done:
                 self._forget(handle)
-        if fresh and self._down_since is not None and self._group and self._group.ready:
+        if fresh and self._down_since is not None and self._is_open:
             self._down_since = None
-        self._end_trial()
 
     def _apply_cancel(self, handle: RequestHandle, index: int | None) -> None:
         if handle.request_id not in self._handles:
@@ -447,15 +515,13 @@ class ClusterClient:
             self._tell(self._group, Cancel(self._group.epoch, handle.request_id, index))
         if handle.done:
             self._forget(handle)
-            self._end_trial()
 
     def _release(self, handle: RequestHandle, indices: Collection[int]) -> None:
         if indices:
-            with self._lock:
-                handle.placement.release(handle.owners[i] for i in indices)
-                self._outstanding -= len(indices)
+            self._intake.release(handle.place, indices)
 
     def _forget(self, handle: RequestHandle) -> None:
         del self._handles[handle.request_id]
+        self._residency.leave(handle.request_id, time.monotonic())
         if self._group:
             self._group.sent.discard(handle.request_id)
