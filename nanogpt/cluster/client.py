@@ -39,7 +39,7 @@ from nanogpt.cluster.residency import Admit, ModelStatus, Refuse, Residency
 from nanogpt.cluster.suspicion import Suspicion, is_suspect
 from nanogpt.cluster.transport import FrontEndSockets
 from nanogpt.cluster.watch import Watch
-from nanogpt.errors import Conflict, ModelNotFound, Unavailable
+from nanogpt.errors import Conflict, ModelNotFound, Unavailable, draining
 from nanogpt.registry import ModelInfo
 from nanogpt.request import EngineEvent, EngineStats, GenerateRequest
 from nanogpt.tokenizer import Tokenizer, load_tokenizer
@@ -236,11 +236,7 @@ class ClusterClient:
         """Raises Unavailable when no requests are taken. Waits for the end of a reload."""
         is_open = self._hold.wait(RESTART_PATIENCE_S)
         if self._draining:
-            raise Unavailable(
-                "the server is shutting down; send the request to another one or try again",
-                code="draining",
-                retry_after=5,
-            )
+            raise draining()
         if self._group is None or not self._models:
             raise Unavailable("the model is being loaded; try again soon", code="starting")
         down_since = self._down_since
