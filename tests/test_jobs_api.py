@@ -348,6 +348,82 @@ def test_other_weights_are_a_new_plan_before_the_first_token_and_the_end_after_i
         assert second.handles[0].request.params.seed == 5
 
 
+class Others:
+    """What the clusters of a queue tell: whether another one has a model."""
+
+    def __init__(self) -> None:
+        self.offer, self.asked = True, 0
+
+    def start(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def is_offered(self, model: str) -> bool:
+        assert model == NAME
+        self.asked += 1
+        return self.offer
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_job_waits_for_the_cluster_that_has_its_model(tmp_path, monkeypatch, comes_back):
+    """A cluster without the model failed it; now it goes back, until nobody has the model."""
+    monkeypatch.setattr("nanogpt.jobs.runner.RETRY_S", 0.01)
+    with jobs_app(tmp_path, FakeCluster(stalled(2))) as app:
+        waiting = background(app.test_client())["id"]
+    second, others = FakeCluster(resuming), Others()
+    models = second.models
+    second.models = lambda: {"another": msgspec.structs.replace(INFO, name="another")}
+    with jobs_app(tmp_path, second, announcer=others) as app:
+        client = app.test_client()
+        wait_for(lambda: others.asked >= 3)
+        assert client.get(f"/v1/completions/{waiting}").json["status"] != "failed"
+        if comes_back:
+            second.models = models
+        else:
+            others.offer = False
+        done = poll(client, waiting)
+        if comes_back:
+            assert (done["status"], done["choices"][0]["text"]) == ("completed", TEXT)
+        else:
+            assert (done["status"], done["error"]["code"]) == ("failed", "model_not_found")
+            assert not second.handles
+
+
+def test_a_ban_ends_what_runs_in_the_background(tmp_path, monkeypatch):
+    """It went on to its last token."""
+    monkeypatch.setattr("nanogpt.api.exchange.POLL_S", 0.01)
+    cluster = FakeCluster(stalled(4))
+    with jobs_app(tmp_path, cluster, environ=CLOSED) as app:
+        client = app.test_client()
+        mine = [background(client, bearer(KEY), user=user)["id"] for user in ("mallory", "bob")]
+        wait_for(lambda: len(cluster.handles) == 2)
+        path, admin = "/admin/users/mallory/ban", bearer(ADMIN_KEY)
+        assert client.post(path, json={"reason": "spam"}, headers=admin).status_code == 200
+        done = poll(client, mine[0], bearer(KEY))
+        assert (done["status"], done["error"]["code"]) == ("failed", "user_banned")
+        assert done["choices"][0]["text"] == TEXT[:4]
+        cancelled = {h.request.request_id.partition(".")[0]: h.cancelled for h in cluster.handles}
+        assert cancelled[mine[0]]
+        other = client.get(f"/v1/completions/{mine[1]}", headers=bearer(KEY)).json
+        assert other["status"] == "in_progress"
+
+
+def test_what_waited_for_its_turn_when_its_user_was_banned_never_begins(tmp_path):
+    with jobs_app(tmp_path, FakeCluster(stalled(0)), environ=CLOSED) as app:
+        waiting = background(app.test_client(), bearer(KEY), user="mallory")["id"]
+    cluster = FakeCluster(resuming)
+    ready, cluster.ready = cluster.ready, lambda: False
+    with jobs_app(tmp_path, cluster, environ=CLOSED) as app:
+        client = app.test_client()
+        path, admin = "/admin/users/mallory/ban", bearer(ADMIN_KEY)
+        assert client.post(path, json={"reason": "spam"}, headers=admin).status_code == 200
+        cluster.ready = ready
+        assert poll(client, waiting, bearer(KEY))["error"]["code"] == "user_banned"
+        assert not cluster.handles
+
+
 # Idempotency-Key
 
 
@@ -385,6 +461,28 @@ def test_another_body_is_a_conflict(client):
 @pytest.mark.parametrize("key", ["", " ", "a b", "é", "x" * 256])
 def test_a_key_that_is_none_is_refused(client, key):
     assert_error(complete(client, keyed(key)), 400, param="Idempotency-Key")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/tokenize",
+        "/detokenize",
+        "/v1/completions/cmpl-1/cancel",
+        "/v1/batches/batch_1/cancel",
+        "/admin/users/bob/ban",
+    ],
+)
+def test_a_key_that_would_not_be_heeded_is_refused(tmp_path, cluster, path):
+    with jobs_app(tmp_path, cluster, environ=CLOSED) as app:
+        headers = keyed(**bearer(ADMIN_KEY))
+        answer = app.test_client().post(path, json={}, headers=headers)
+        assert_error(answer, 400, param="Idempotency-Key")
+
+
+def test_without_jobs_a_key_is_refused(cluster):
+    answer = complete(make_app(cluster).test_client(), keyed())
+    assert_error(answer, 400, param="Idempotency-Key")
 
 
 def test_keys_of_two_callers_have_nothing_to_do_with_each_other(tmp_path, cluster):

@@ -61,9 +61,9 @@ def measure(name: str, store: Store, threads: int, seconds: float) -> StoreRates
         store.get(secrets.choice(ids))
 
     def carry_out() -> None:
-        held = store.claim(Lane.BATCH, LEASE_S, 1.0)
-        if held is None:
-            raise StoreUnavailable("there are no more jobs to claim")
+        held = None
+        while held is None:
+            held = store.claim(Lane.BATCH, LEASE_S, 1.0)
         store.complete(held.id, held.fence, "completed", b"")
 
     def rate(action: Callable[[], None], most: int | None = None) -> float:
