@@ -118,9 +118,11 @@ def _is_rank_worker(process: psutil.Process) -> bool:
 
 
 @contextlib.contextmanager
-def serving(*options: str, environ: dict[str, str] | None = None) -> Iterator[Server]:
+def serving(
+    *options: str, environ: dict[str, str] | None = None, within: tuple[str, ...] = ()
+) -> Iterator[Server]:
     """A server that is ready."""
-    server = Server(*options, environ=environ)
+    server = Server(*options, environ=environ, within=within)
     try:
         server.wait_for("^ready: ")
         yield server

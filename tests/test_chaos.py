@@ -160,6 +160,8 @@ def samples(rss, files=50) -> list[Sample]:
 def test_growth_is_found_and_a_start_is_not():
     assert found(*samples(lambda i: 100.0 + 5 * i))
     assert not found(*samples(lambda i: 100.0 if i < 5 else 300.0))
+    slow = [10, 80, 140, 173, 192, 204, 214] + [225] * 33  # a torch that is imported
+    assert not found(*samples(lambda i: slow[i])[: len(slow)])
 
 
 def test_histories_round_trip(tmp_path):

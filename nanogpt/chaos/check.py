@@ -20,7 +20,7 @@ from nanogpt.chaos.merge import Disorder, merged, whole
 
 RACE_S = 1.0  # between a client's clock and the moment at which a fault takes effect
 CODES_503 = {"overloaded", "draining", "starting"}
-MIN_SAMPLES = 12  # of one process, to say anything about its growth
+MIN_SAMPLES = 40  # of one process, to say anything about its growth: imports are no growth
 GROWTH_MIB, GROWTH = 32.0, 0.15  # of memory between the second and the last quarter of its life
 GROWTH_FILES = 64
 
@@ -84,20 +84,16 @@ def _end(ended: list[Ended]) -> list[str]:
 
 def _problem(asked: Asked, books: Books) -> str:
     """What is wrong with one request's history, or nothing."""
-    if asked.outcome == "complete":
-        return _difference(asked, books.expected[asked.template], partly=False)
-    if asked.outcome == "left":
-        return _difference(asked, books.expected[asked.template], partly=True)
     if asked.outcome == "refused":
         return _refusal(asked, books.faults)
     if asked.outcome == "unreachable":
-        if _sent_during(asked, books.faults) or _broken_by(asked, books.faults):
-            return ""
-        return f"no answer, though somebody listened: {asked.error}"
-    if asked.outcome == "broken":
-        if _broken_by(asked, books.faults):
-            return _difference(asked, books.expected[asked.template], partly=True)
+        excused = _sent_during(asked, books.faults) or _broken_by(asked, books.faults)
+        return "" if excused else f"no answer, though somebody listened: {asked.error}"
+    if asked.outcome == "broken" and not _broken_by(asked, books.faults):
         return f"the connection broke: {asked.error}"
+    if asked.outcome in ("complete", "left", "broken"):
+        want = books.expected[asked.template]
+        return _difference(asked, want, partly=asked.outcome != "complete")
     last = asked.chunks[-1].data[:300] if asked.chunks else asked.error
     return f"no proper end: {last}"
 

@@ -90,25 +90,26 @@ class Load:
 
     def repeat(self, template: int) -> None:
         """Send this request once, and wait for its answer."""
-        body = self._bodies[template]
-        asked = ask(self._cluster.port, next(self._numbers), template, body, stream=False)
-        self._history.add(asked)
-        self.sent += 1
+        self._ask(next(self._numbers), template, stream=False)
 
     def one(self, number: int) -> str:
         """Send the request of this number; its outcome."""
         rng = random.Random(f"{self._seed} {number}")
         template = rng.randrange(len(self._bodies))
-        body = self._bodies[template]
-        stream = may_stream(body) and rng.random() < 0.6
+        stream = may_stream(self._bodies[template]) and rng.random() < 0.6
         behaviour: Behaviour = "reads"
         if stream:
             behaviour = rng.choices(("reads", "leaves", "dawdles"), (0.8, 0.1, 0.1))[0]
+        return self._ask(number, template, stream=stream, behaviour=behaviour)
+
+    def _ask(
+        self, number: int, template: int, *, stream: bool, behaviour: Behaviour = "reads"
+    ) -> str:
         asked = ask(
             self._cluster.port,
             number,
             template,
-            body,
+            self._bodies[template],
             stream=stream,
             behaviour=behaviour,
             on_tokens=self.pulse.beat,

@@ -13,20 +13,24 @@ import sys
 import time
 
 MARK = [60, 61, 62, 60]
-MEMORY, SEGMENTATION_FAULT, HANG, EXIT_0, KILL = range(1, 6)
+MEMORY, SEGMENTATION_FAULT, HANG, EXIT_0, KILL, GLUTTON = range(1, 7)
 
 
 def _act(what: int) -> None:
     if what == MEMORY:
-        raise MemoryError("can't allocate 80 GiB")
+        bytearray(2**50)  # what malloc refuses
     if what == SEGMENTATION_FAULT:
         os.kill(os.getpid(), signal.SIGSEGV)
     if what == EXIT_0:
         os._exit(0)
     if what == KILL:
         os.kill(os.getpid(), signal.SIGKILL)
+    eaten = []
     while True:
-        time.sleep(1)
+        if what == GLUTTON:  # what the kernel does not refuse, until it kills
+            eaten.append(b"x" * 2**26)
+        else:
+            time.sleep(1)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
