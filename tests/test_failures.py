@@ -16,9 +16,10 @@ import openai
 import psutil
 import pytest
 
+from tests.deployments import Deployment
 from tests.poison.sitecustomize import EXIT_0, HANG, MARK, MEMORY, SEGMENTATION_FAULT
 from tests.server import ROOT, Server, free_port, serving
-from tests.test_e2e import complete, running, wait_until
+from tests.test_e2e import complete, wait_until
 
 QUICK = {
     "NANOGPT_CLUSTER_WATCHDOG_S": "2",
@@ -166,7 +167,7 @@ def comes_back(server: Server) -> None:
             return False  # nobody listens yet, or no worker group has come to the new one
 
     wait_until(answers, 30)
-    wait_until(lambda: running(server) == 0)
+    wait_until(lambda: Deployment(server, server).running() == 0)
 
 
 def test_a_killed_worker_of_the_front_end_breaks_its_connections_and_comes_back(fragile):
