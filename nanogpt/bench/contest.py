@@ -11,18 +11,18 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from nanogpt.bench.load import Round
-from nanogpt.bench.stats import MS, Report, Spread, report
+from nanogpt.bench.stats import Metric, Report, report, times_of
 from nanogpt.bench.target import Target
 from nanogpt.bench.workload import Workload
 
 RunRound = Callable[[Target, Workload, int, str], Round]
 
-# What is compared, and whether more of it is better.
-FIGURES = {
-    "output tokens/s": True,
-    "TTFT ms": False,
-    "TPOT ms": False,
-    "end to end ms": False,
+# What is compared, by its name in tables; of times the metric.
+FIGURES: dict[str, Metric | None] = {
+    "output tokens/s": None,
+    "TTFT ms": "ttft",
+    "TPOT ms": "tpot",
+    "end to end ms": "e2e",
 }
 
 
@@ -76,13 +76,11 @@ def compare(
 def _figures(one: Round) -> dict[str, float]:
     """Those of one round; without the ones that it has not."""
     good = [o for o in one.outcomes if o.ok]
-    times = {
-        "TTFT ms": [t * MS for o in good if (t := o.ttft_s) is not None],
-        "TPOT ms": [t * MS for o in good if (t := o.tpot_s) is not None],
-        "end to end ms": [o.e2e_s * MS for o in good],
-    }
-    found = {name: spread.p50 for name, v in times.items() if (spread := Spread.of(v)) is not None}
-    return {"output tokens/s": one.tokens_per_s, **found} if good else found
+    if not good:
+        return {}
+    times = times_of(good)
+    found = {name: times[m].p50 for name, m in FIGURES.items() if m is not None and m in times}
+    return {"output tokens/s": one.tokens_per_s, **found}
 
 
 def _figure(

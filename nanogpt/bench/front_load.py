@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import msgspec
 
-from nanogpt.bench.connection import ConnectionLost, request
+from nanogpt.bench.connection import ConnectionLost
 from nanogpt.bench.stamps import age_s
-from nanogpt.bench.target import Target
+from nanogpt.bench.target import Target, post
 from nanogpt.errors import StartupError
 
 SETTLE_S = 2.0  # after the last stream has begun
@@ -129,15 +129,7 @@ def _body(target: Target, n: int, max_tokens: int, *, stream: bool) -> bytes:
 
 async def _one(target: Target, body: bytes, on_line: Callable[[bytes], None] | None) -> bytes:
     try:
-        reply = await request(
-            target.url,
-            "POST",
-            "/completions",
-            body=body,
-            headers=target.headers,
-            timeout_s=target.timeout_s,
-            on_line=on_line,
-        )
+        reply = await post(target, body, on_line)
     except ConnectionLost as error:
         raise StartupError(f"a request failed: {error}") from error
     if reply.status != 200:

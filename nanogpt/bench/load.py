@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 
 import msgspec
 
-from nanogpt.bench.connection import ConnectionLost, request
+from nanogpt.bench.connection import ConnectionLost
 from nanogpt.bench.outcome import Outcome, Recorder, error_message
-from nanogpt.bench.target import Target
+from nanogpt.bench.target import Target, post
 from nanogpt.bench.workload import Workload, bodies
 
 OnOutcome = Callable[[Outcome], None]
@@ -114,19 +114,11 @@ class _Load:
             due += self._rng.expovariate(rate)
 
     async def _send(self, body: bytes, started: float) -> None:
-        target, clock = self._target, time.perf_counter
+        clock = time.perf_counter
         outcome = Outcome(started=started, n=self._workload.n)
         recorder = Recorder(outcome)
         try:
-            reply = await request(
-                target.url,
-                "POST",
-                "/completions",
-                body=body,
-                headers=target.headers,
-                timeout_s=target.timeout_s,
-                on_line=lambda line: recorder.line(line, clock()),
-            )
+            reply = await post(self._target, body, lambda line: recorder.line(line, clock()))
             outcome.ended, outcome.status = clock(), reply.status
             if reply.status != 200:
                 outcome.error = error_message(reply.body)

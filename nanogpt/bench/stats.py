@@ -139,13 +139,14 @@ def report(workload: str, rounds: Sequence[Round], limits: Sequence[Limit] = ())
         counted_by=sorted({o.counted_by for o in good}),
         output_tokens_per_s=Rate.of([one.tokens_per_s for one in rounds]),
         requests_per_s=Rate.of([one.requests_per_s for one in rounds]),
-        times_ms=_times(good),
+        times_ms=times_of(good),
         goodput=_goodput(outcomes, seconds, limits) if limits else None,
         client_cpu=max(one.client_cpu for one in rounds),
     )
 
 
-def _times(outcomes: Sequence[Outcome]) -> dict[str, Spread]:
+def times_of(outcomes: Sequence[Outcome]) -> dict[str, Spread]:
+    """By metric; without those that no outcome has."""
     seconds: dict[Metric, list[float]] = {
         "ttft": [t for o in outcomes if (t := o.ttft_s) is not None],
         "tpot": [t for o in outcomes if (t := o.tpot_s) is not None],

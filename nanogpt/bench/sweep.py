@@ -13,6 +13,7 @@ import torch
 from nanogpt import process
 from nanogpt.bench.alone import ALONE
 from nanogpt.bench.roofline import Roof, Shape, measure, synchronize
+from nanogpt.bench.stats import MS
 from nanogpt.config import ServeConfig
 from nanogpt.engine.cpu.linear import multiplies_natively
 from nanogpt.engine.kv_cache import blocks_per_context
@@ -26,7 +27,6 @@ from nanogpt.sampling_params import SamplingParams
 from nanogpt.tokenizer import load_tokenizer
 
 WARM_STEPS = 3
-MS = 1000.0
 
 
 class DecodeRow(msgspec.Struct, frozen=True):

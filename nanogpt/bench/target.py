@@ -1,6 +1,7 @@
 """The server under load: where it is, and which model of it."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -24,6 +25,19 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def headers(self) -> dict[str, str]:
         return authorization(self.api_key)
+
+
+async def post(target: Target, body: bytes, on_line: Callable[[bytes], None] | None) -> Reply:
+    """Ask for a completion. Raises ConnectionLost; any status is an answer."""
+    return await request(
+        target.url,
+        "POST",
+        "/completions",
+        body=body,
+        headers=target.headers,
+        timeout_s=target.timeout_s,
+        on_line=on_line,
+    )
 
 
 def authorization(api_key: str) -> dict[str, str]:
