@@ -35,7 +35,7 @@ def serve(config: ServeConfig, ranks: Ranks, run_dir: RunDir, life: respawn.Life
     from nanogpt.cluster.transport import ControlLink
     from nanogpt.engine.models import Models
     from nanogpt.engine.plan import Plan, Planner
-    from nanogpt.engine.setup import choose_device
+    from nanogpt.engine.setup import arithmetic, choose_device
 
     try:
         group = open_group(ranks, config.cluster.node_wait_s)
@@ -48,7 +48,8 @@ def serve(config: ServeConfig, ranks: Ranks, run_dir: RunDir, life: respawn.Life
             plan = planner.plan(run_dir.models("resident"), run_dir.models("pinned") or ())
             word = plan.encode()
         engines, loaded = models.open(Plan.decode(broadcast.tell(word)))
-        group.agree({name: engine.info.fingerprint for name, engine in engines.items()})
+        fingerprints = {name: engine.info.fingerprint for name, engine in engines.items()}
+        group.agree(fingerprints, arithmetic(device))
         lead = None
         if planner:
             planner.note(loaded, models.blocks)

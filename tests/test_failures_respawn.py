@@ -216,12 +216,14 @@ def test_a_group_has_one_set_of_weights():
     """Else the choices of a request could be of different ones."""
     store, alone = dist.HashStore(), Broadcast(0, 1, None)
     groups = [Group(Ranks(rank, 3, 0, 1, rank, "", 0), alone, store) for rank in range(3)]
-    groups[0].agree({"a": "1", "b": "2"})
-    groups[1].agree({"a": "1", "b": "2"})
+    groups[0].agree({"a": "1", "b": "2"}, "kernels")
+    groups[1].agree({"a": "1", "b": "2"}, "kernels")
     with pytest.raises(StartupError, match=r"node 2 has other .*: b$"):
-        groups[2].agree({"a": "1", "b": "3"})
+        groups[2].agree({"a": "1", "b": "3"}, "kernels")
     with pytest.raises(StartupError, match=r": b$"):
-        groups[2].agree({"a": "1"})
+        groups[2].agree({"a": "1"}, "kernels")
+    with pytest.raises(StartupError, match=r"rank 2 .* computes with torch, rank 0 with kernels"):
+        groups[2].agree({"a": "1", "b": "2"}, "torch")
 
 
 # SIGTERM under a bare torchrun

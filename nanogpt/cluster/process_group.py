@@ -33,19 +33,26 @@ class Group(NamedTuple):
     broadcast: Broadcast
     store: dist.Store | None = None
 
-    def agree(self, fingerprints: dict[str, str]) -> None:
-        """Raises StartupError when rank 0 has other models by the same name, or other names, since
-        a request must not get text of both; PeerLost when it does not tell."""
+    def agree(self, fingerprints: dict[str, str], arithmetic: str) -> None:
+        """Raises StartupError when rank 0 has other models by the same name, or other names, or
+        computes with other `arithmetic`, since a request must not get text of both; PeerLost when
+        it does not tell."""
         if self.store is None:
             return
         try:
             if self.ranks.rank == 0:
-                self.store.set("models", json.dumps(fingerprints))
+                self.store.set("models", json.dumps([arithmetic, fingerprints]))
                 return
             self.store.wait(["models"], LOADING_TIMEOUT)
-            first: dict[str, str] = json.loads(self.store.get("models"))
+            theirs, first = json.loads(self.store.get("models"))
         except RuntimeError as error:
             raise PeerLost(f"rank 0 did not tell of its models: {error}") from error
+        if arithmetic != theirs:
+            raise StartupError(
+                f"rank {self.ranks.rank} (node {self.ranks.node}) computes with {arithmetic}, rank "
+                f"0 with {theirs}, whose numbers differ in the last bits: use machines of one "
+                "kind; on CPUs, python -m nanogpt.engine.cpu.build makes the kernels"
+            )
         other = sorted({name for name, _ in fingerprints.items() ^ first.items()})
         if other:
             raise StartupError(

@@ -6,8 +6,9 @@ import torch
 
 from nanogpt import process, registry
 from nanogpt.config import ServeConfig
+from nanogpt.engine.cpu import onednn
 from nanogpt.engine.cpu.library import load_kernels
-from nanogpt.engine.cpu.linear import best_dtype
+from nanogpt.engine.cpu.linear import best_dtype, multiplies_natively
 from nanogpt.engine.engine import Engine
 from nanogpt.engine.sizes import size_of
 from nanogpt.errors import StartupError
@@ -36,6 +37,18 @@ def choose_device(config: ServeConfig, ranks: Ranks) -> torch.device:
     device = torch.device("cuda", ranks.local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def arithmetic(device: torch.device) -> str:
+    """What this rank computes with: another has other last bits, and so other text. GPUs of
+    different kinds are taken for one, since they agree no less than one with itself in other
+    batches."""
+    if device.type == "cuda":
+        return "a GPU"
+    units = " and bfloat16 units" if multiplies_natively(torch.bfloat16) else ""
+    if load_kernels():
+        return f"our C++ kernels{units}"
+    return f"oneDNN{units}" if onednn.has_products(torch.float32) else "plain torch"
 
 
 def choose_dtype(config: ServeConfig, device: torch.device) -> WeightDtype:
