@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from nanogpt import process
@@ -100,6 +100,14 @@ class ChaosCluster:
                 raise ClusterError(f"no {role} for {READY_S:.0f} s: see {self.log}")
             time.sleep(0.02)
         return found
+
+    def wait_ended(self, pids: Collection[int]) -> None:
+        """Until none of these is below the launcher any more. Raises ClusterError."""
+        deadline = time.monotonic() + READY_S
+        while left := set(pids) & set(process.pids_below(self.launcher.pid)):
+            if time.monotonic() > deadline:
+                raise ClusterError(f"{left} did not end in {READY_S:.0f} s: see {self.log}")
+            time.sleep(0.02)
 
     def log_size(self) -> int:
         return self.log.stat().st_size

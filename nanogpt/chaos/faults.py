@@ -13,11 +13,13 @@ LONGEST_STOP_S = 6.0  # for which the front end is stopped: past the watchdog's 
 
 
 class Injury(NamedTuple):
-    """What was done, and when. `new_epoch`: whether only a new worker group can recover."""
+    """What was done, and when. `new_epoch`: whether only a new worker group can recover; `ending`:
+    processes that must have gone before."""
 
     at: float
     detail: str
     new_epoch: bool = True
+    ending: frozenset[int] = frozenset()
     problem: str = ""
 
 
@@ -52,6 +54,16 @@ def _all_of(role: str, number: signal.Signals = signal.SIGKILL) -> Inject:
     return inject
 
 
+def _kill_of_front_end(role: str) -> Inject:
+    """Of "worker" or "master". Without its master a worker goes on for a while, not for long."""
+
+    def inject(cluster: ChaosCluster, rng: random.Random) -> Injury:
+        pids, workers = cluster.wait_for(role), frozenset(cluster.wait_for("worker"))
+        return Injury(time.monotonic(), _signal(pids, signal.SIGKILL), ending=workers)
+
+    return inject
+
+
 def _hang_rank(cluster: ChaosCluster, rng: random.Random) -> Injury:
     """The loop of a rank stops; the process goes on beating. Only a rank that has joined has one:
     see hooks/sitecustomize.py."""
@@ -69,6 +81,7 @@ def _stop_front_end(cluster: ChaosCluster, rng: random.Random) -> Injury:
 
 def _drain(cluster: ChaosCluster, rng: random.Random) -> Injury:
     """A rolling restart of the only server: what was accepted finishes, then another starts."""
+    cluster.wait_for("torchrun")  # before, the launcher may not yet know what SIGTERM means
     started = time.monotonic()
     code = cluster.stop()
     took, left = time.monotonic() - started, cluster.left_behind()
@@ -91,8 +104,8 @@ FAULTS: dict[str, Inject] = {
     "stop-torchrun": _all_of("torchrun", signal.SIGSTOP),
     "stop-frontend": _stop_front_end,
     "drain": _drain,
-    "kill-worker": _all_of("worker"),
-    "kill-master": _all_of("master"),
+    "kill-worker": _kill_of_front_end("worker"),
+    "kill-master": _kill_of_front_end("master"),
 }
 
 # Whoever holds the connections dies: clients see them break, and no wrong answer.

@@ -208,6 +208,7 @@ def _strike(
     healed, loading_s, problem = None, 0.0, injury.problem
     if wait and not problem:
         try:
+            cluster.wait_ended(injury.ending)
             if injury.new_epoch:
                 cluster.wait_ready(0 if kind == "drain" else epoch, FIRST_TOKEN_S)
             healed = load.pulse.first_after(time.monotonic(), FIRST_TOKEN_S)
