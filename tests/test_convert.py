@@ -14,16 +14,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanogpt import registry
+from nanogpt.engine.cpu.library import load_kernels
+from nanogpt.engine.cpu.linear import bit_sums
 from nanogpt.errors import CheckpointError
 from nanogpt.model import checkpoint, convert
 from nanogpt.model.assemble import assemble
+from nanogpt.model.fingerprint import fingerprint
 from nanogpt.model.gpt import GPT, CausalAttend, GPTConfig
-from nanogpt.model.load import LoadedModel, fingerprint, load_model
+from nanogpt.model.load import LoadedModel, load_model
 from nanogpt.model.nanogpt_writer import write_nanogpt
 from nanogpt.registry import TokenizerSpec
 from nanogpt.tokenizer import load_tokenizer
 from tests.hf_models import TINY, random_model, write_model
 
+needs_kernels = pytest.mark.skipif(not load_kernels(), reason="the C++ kernels are not built")
 IDS = torch.tensor([[3, 50256, 17, 40000, 5, 5, 900, 0]])
 CHARACTERS = "\n !abc'é😀"
 
@@ -438,6 +442,23 @@ class TestFingerprint:
         convert.write_hugging_face(loaded, tmp_path / "hf")
         assert load(tmp_path / "ours").info.fingerprint == loaded.info.fingerprint
         assert load(tmp_path / "hf").info.fingerprint == loaded.info.fingerprint
+
+    @needs_kernels
+    @pytest.mark.parametrize("dtype", convert.DTYPES.values())
+    def test_one_for_views_of_a_file_as_well(self, written, tmp_path, dtype):
+        """Whoever packs the matrices gets them as they lie in the file: the same weights, and of
+        what is not packed a copy."""
+        convert.write_hugging_face(load(written[0], dtype), tmp_path / "hf")
+        loaded = load(tmp_path / "hf", dtype)
+        views = load_model(
+            str(tmp_path / "hf"), "tiny", dtype=dtype, device="cpu", packing=bit_sums
+        )
+        assert views.info == loaded.info
+        state = views.model.state_dict()
+        for name, tensor in loaded.model.state_dict().items():
+            assert torch.equal(state[name], tensor), name
+            is_matrix = tensor.dim() == 2 and name.startswith("h.")
+            assert state[name].is_contiguous() != is_matrix, name
 
     def test_int8_counts(self, written):
         plain, int8 = (

@@ -2,7 +2,6 @@
 
 import math
 import weakref
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,9 +10,11 @@ from torch.nn import functional as F
 
 from nanogpt.engine.cpu import linear as linear_module
 from nanogpt.engine.cpu.library import load_kernels
-from nanogpt.engine.cpu.linear import GELU, PackedLinear, PackedNorm, pack_model
+from nanogpt.engine.cpu.linear import GELU, PackedLinear, PackedNorm, bit_sums, pack_model
 from nanogpt.engine.cpu.onednn import OneDNNLinear, has_products
+from nanogpt.model import fingerprint
 from nanogpt.model.gpt import CausalAttend
+from tests.engine_utils import threads
 from tests.small_gpt import small_gpt
 
 needs_kernels = pytest.mark.skipif(not load_kernels(), reason="the C++ kernels are not built")
@@ -28,13 +29,6 @@ GPT2_SHAPES = [
     (768, 50304),
     (768, 50257),
 ]
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def random_linear(inputs: int, outputs: int, dtype: torch.dtype, bias: bool = True) -> nn.Linear:
@@ -75,6 +69,23 @@ def test_sizes_that_fill_no_panel(inputs: int, outputs: int, dtype: torch.dtype)
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (2, 32), (97, 65), (96, 384), (132, 70)])
+def test_a_transposed_weight_is_packed_as_any(
+    inputs: int, outputs: int, dtype: torch.dtype
+) -> None:
+    """As it lies in Hugging Face's files; and the sums of its bits are those of torch."""
+    weight = torch.randn(outputs, inputs, dtype=dtype)
+    transposed = weight.t().contiguous().t()
+    ops = torch.ops.nanogpt_cpu
+    assert torch.equal(ops.pack_weight(transposed), ops.pack_weight(weight))
+    assert torch.equal(ops.pack_weight_int8(transposed), ops.pack_weight_int8(weight))
+    expected = fingerprint.bit_sums(weight)
+    for either in (weight, transposed):
+        assert all(map(torch.equal, bit_sums(either), expected))
+
+
+@needs_kernels
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_gelu_is_right_to_the_last_bits(approximate: str) -> None:
     x = torch.cat([torch.linspace(-15, 15, 2**16), torch.logspace(-30, 30, 2**12)])
@@ -95,7 +106,7 @@ def test_gelu_is_right_to_the_last_bits(approximate: str) -> None:
 )
 @torch.inference_mode()
 def test_a_row_is_the_same_to_the_bit_among_any_others(
-    inputs: int, outputs: int, dtype: torch.dtype, threads: None
+    inputs: int, outputs: int, dtype: torch.dtype
 ) -> None:
     int8 = dtype == torch.int8
     layer = random_linear(inputs, outputs, torch.float32 if int8 else dtype)
@@ -103,18 +114,18 @@ def test_a_row_is_the_same_to_the_bit_among_any_others(
     x = torch.randn(300, inputs)
     expected = linear(x)
     for count in (1, 2):
-        torch.set_num_threads(count)
-        for rows in (*range(1, 71), 100, 255, 300):
-            first = (7 * rows) % (301 - rows)
-            ours = linear(x[first : first + rows])
-            assert torch.equal(ours, expected[first : first + rows]), (count, rows)
+        with threads(count):
+            for rows in (*range(1, 71), 100, 255, 300):
+                first = (7 * rows) % (301 - rows)
+                ours = linear(x[first : first + rows])
+                assert torch.equal(ours, expected[first : first + rows]), (count, rows)
 
 
 @needs_kernels
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("size", [1, 15, 16, 50, 384, 768])
 @torch.inference_mode()
-def test_norms(size: int, bias: bool, threads: None) -> None:
+def test_norms(size: int, bias: bool) -> None:
     norm = nn.LayerNorm(size, bias=bias)
     for param in norm.parameters():
         param += torch.randn_like(param)
@@ -124,9 +135,9 @@ def test_norms(size: int, bias: bool, threads: None) -> None:
     ours = packed(x)
     torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
     for count in (1, 2):
-        torch.set_num_threads(count)
-        for rows in (1, 2, 7, 64):
-            assert torch.equal(packed(x[5 : 5 + rows]), ours[5 : 5 + rows])
+        with threads(count):
+            for rows in (1, 2, 7, 64):
+                assert torch.equal(packed(x[5 : 5 + rows]), ours[5 : 5 + rows])
 
 
 @needs_kernels

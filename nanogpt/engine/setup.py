@@ -8,7 +8,7 @@ from nanogpt import process, registry
 from nanogpt.config import ServeConfig
 from nanogpt.engine.cpu import onednn
 from nanogpt.engine.cpu.library import load_kernels
-from nanogpt.engine.cpu.linear import best_dtype, multiplies_natively
+from nanogpt.engine.cpu.linear import best_dtype, bit_sums, multiplies_natively
 from nanogpt.engine.engine import Engine
 from nanogpt.engine.sizes import size_of
 from nanogpt.errors import StartupError
@@ -67,7 +67,10 @@ def load(config: ServeConfig, name: str, source: str, device: torch.device) -> L
     """A model as it is configured. Raises StartupError, CheckpointError."""
     dtype = choose_dtype(config, device)
     int8, unknown = config.dtype == "int8", registry.unknown_character(name, registry.read_cards())
-    return load_model(source, name, dtype=dtype, device=device, int8=int8, unknown=unknown)
+    packing = bit_sums if device.type == "cpu" and load_kernels() else None
+    return load_model(
+        source, name, dtype=dtype, device=device, int8=int8, unknown=unknown, packing=packing
+    )
 
 
 def kv_budget(

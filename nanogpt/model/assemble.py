@@ -38,13 +38,16 @@ def assemble(
     readers: Mapping[str, Reader],
     wanted: WeightDtype,
     device: str | torch.device,
+    *,
+    views: bool = False,
 ) -> GPT:
     """A model in evaluation mode with memory of its own, filled one tensor at a time.
 
     `readers` give the tensors by our names, perhaps transposed views of a mapped file: no more is
     needed beyond the file than the model and one tensor. A head of its own must be the embedding.
-    Raises CheckpointError, beginning with `where`, for a head that differs, or a tensor that is
-    missing, extra, of another shape, or not of floating point.
+    With `views` the matrices of the layers may stay views of the file, for whoever makes something
+    else of them at once. Raises CheckpointError, beginning with `where`, for a head that differs,
+    or a tensor that is missing, extra, of another shape, or not of floating point.
     """
     readers = dict(readers)
     head, wte = readers.pop(TIED, None), readers.get("wte.weight")
@@ -68,7 +71,8 @@ def assemble(
             )
         if not weights:  # the token embedding speaks for all
             dtype = resolve(wanted, tensor.dtype)
-        weights[name] = _own(tensor, dtype, device)
+        is_view = views and len(shape) == 2 and name.startswith("h.")
+        weights[name] = tensor.to(device, dtype) if is_view else _own(tensor, dtype, device)
     return fill(model, weights)
 
 

@@ -57,16 +57,17 @@ class _Config(msgspec.Struct):
 
 
 def load(
-    directory: Path, dtype: WeightDtype, device: str | torch.device
+    directory: Path, dtype: WeightDtype, device: str | torch.device, *, views: bool = False
 ) -> tuple[GPT, TokenizerSpec, Path]:
-    """Model, tokenizer, and the file that holds the weights. Raises CheckpointError."""
+    """Model, tokenizer, and the file that holds the weights; `views` as in `assemble`. Raises
+    CheckpointError."""
     config = read_config(directory / "config.json")
     file = weights_file(directory)
     if file is None:
         raise CheckpointError(f"{directory} has no weights: one of {', '.join(WEIGHTS)}")
     tokenizer = _tokenizer(directory, config)
     readers = _our_names(file, _open(file))
-    return assemble(str(file), config, readers, dtype, device), tokenizer, file
+    return assemble(str(file), config, readers, dtype, device, views=views), tokenizer, file
 
 
 def read_config(path: Path) -> GPTConfig:

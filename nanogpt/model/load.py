@@ -1,17 +1,16 @@
 """Any source of weights, made into a model that is ready to serve."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import torch
-from torch import Tensor
 
 from nanogpt.bpe_files import read_bpe_files
 from nanogpt.errors import CheckpointError
 from nanogpt.model import checkpoint, hub, huggingface, nanogpt_ckpt
 from nanogpt.model.dtypes import WeightDtype
+from nanogpt.model.fingerprint import BitSums, fingerprint
 from nanogpt.model.gpt import GPT
 from nanogpt.registry import ModelInfo, TokenizerSpec, is_hub_name
 
@@ -34,6 +33,7 @@ def load_model(
     device: str | torch.device,
     int8: bool = False,
     unknown: str = "",
+    packing: BitSums | None = None,
 ) -> LoadedModel:
     """Load `source`, to be served as `name`. Raises CheckpointError, one clear line.
 
@@ -42,8 +42,10 @@ def load_model(
     converted on disk. Beyond the mapped file that takes the model's own memory and one tensor.
     `int8` says that products will be quantised (nanogpt/engine/cpu): then it is another model.
     `unknown` is what a character model is to read for characters that it does not know.
+    `packing` is for a caller who packs the matrices at once, and so needs no copies of them: they
+    may be transposed views of the file, and `packing` sums their bits, for the fingerprint.
     """
-    model, tokenizer, file = _load(source, dtype, device)
+    model, tokenizer, file = _load(source, dtype, device, views=packing is not None)
     if unknown:
         tokenizer = _with_unknown(source, tokenizer, unknown)
     vocab_size, eos_token_id, start_token_id = _vocabulary(tokenizer)
@@ -60,7 +62,7 @@ def load_model(
         start_token_id=start_token_id,
         tokenizer=tokenizer,
         dtype="int8" if int8 else str(model.wte.weight.dtype).removeprefix("torch."),
-        fingerprint=fingerprint(model, b"int8" if int8 else b""),
+        fingerprint=fingerprint(model, b"int8" if int8 else b"", packing),
         created=int(file.stat().st_mtime),
         num_parameters=model.num_parameters(),
     )
@@ -68,7 +70,7 @@ def load_model(
 
 
 def _load(
-    source: str, dtype: WeightDtype, device: str | torch.device
+    source: str, dtype: WeightDtype, device: str | torch.device, *, views: bool
 ) -> tuple[GPT, TokenizerSpec, Path]:
     path = Path(source).expanduser()
     if path.is_file():
@@ -76,11 +78,11 @@ def _load(
     if not path.exists():
         if not is_hub_name(source):
             raise CheckpointError(f"there is no file or directory {path}")
-        return huggingface.load(hub.find(source), dtype, device)
+        return huggingface.load(hub.find(source), dtype, device, views=views)
     if _is_ours(path):
         model, tokenizer = checkpoint.load(path, dtype, device)
         return model, tokenizer, path / checkpoint.WEIGHTS
-    return huggingface.load(path, dtype, device)
+    return huggingface.load(path, dtype, device, views=views)
 
 
 def _with_unknown(source: str, spec: TokenizerSpec, unknown: str) -> TokenizerSpec:
@@ -112,31 +114,3 @@ def _vocabulary(spec: TokenizerSpec) -> tuple[int, int | None, int]:
         return GPT2_VOCAB_SIZE, GPT2_END, GPT2_END
     files = read_bpe_files(spec.directory)
     return files.n_vocab, files.end_of_text, files.end_of_text
-
-
-@torch.no_grad()
-def fingerprint(model: GPT, key: bytes = b"") -> str:
-    """16 hexadecimal digits of configuration, dtype and every weight: a change of one shows.
-
-    `key` stands for whatever else makes this another model.
-
-    Not of the file, so that one model in several formats has one fingerprint. Each tensor counts
-    by the sums of its rows and of its columns, of bit patterns modulo 2**64: that runs at the
-    speed of memory, and only a change of four weights or more, made on purpose, can slip through.
-    """
-    digest = hashlib.blake2b(msgspec.json.encode(model.config), digest_size=8, key=key)
-    for name, tensor in sorted(model.named_parameters()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        for sums in _bit_sums(tensor):
-            digest.update(sums.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _bit_sums(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of rows, and of columns, of the bits as whole numbers; (R, C) to (R,) and (C,)."""
-    rows = tensor.detach().reshape(-1, tensor.shape[-1]).contiguous()
-    if rows.shape[-1] * rows.element_size() % 8 == 0:
-        bits = rows.view(torch.int64)  # fewer, wider numbers: faster
-    else:
-        bits = rows.view(torch.uint8)
-    return bits.sum(0, dtype=torch.int64), bits.sum(1, dtype=torch.int64)

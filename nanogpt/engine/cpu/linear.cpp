@@ -3,7 +3,11 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <sys/mman.h>
 #include <torch/library.h>
+
+#include <mutex>
+#include <vector>
 
 #include "packed.h"
 
@@ -77,8 +81,49 @@ void pack(const W* weight, int64_t outputs, int64_t inputs, int64_t begin, int64
   }
 }
 
+// The same from the transpose, (inputs, outputs), as Hugging Face's files have it: panels are rows of
+// it side by side.
+template <typename W>
+void pack_transposed(const W* weight, int64_t outputs, int64_t inputs, int64_t begin, int64_t end,
+                     W* packed) {
+  constexpr int64_t G = kGroup<W>;
+  const int64_t groups = (inputs + G - 1) / G, size = groups * kPanel * G;
+  for (int64_t g = 0; g < groups; g++)
+    for (int64_t p = begin; p < end; p++) {
+      const int64_t rows = std::min<int64_t>(kPanel, outputs - p * kPanel);
+      W* to = packed + p * size + g * kPanel * G;
+      if (rows < kPanel || (g + 1) * G > inputs) std::fill_n(to, kPanel * G, W(0.0f));
+      for (int64_t k = g * G; k < std::min(inputs, (g + 1) * G); k++) {
+        const W* from = weight + k * outputs + p * kPanel;
+        if (rows == kPanel)
+          for (int64_t n = 0; n < kPanel; n++) to[n * G + k % G] = from[n];
+        else
+          for (int64_t n = 0; n < rows; n++) to[n * G + k % G] = from[n];
+      }
+    }
+}
+
+bool is_transposed(const at::Tensor& weight) {
+  TORCH_CHECK(weight.dim() == 2, "a weight must be (outputs, inputs)");
+  TORCH_CHECK(weight.is_contiguous() || weight.t().is_contiguous(),
+              "a weight must be contiguous, or the transpose of what is");
+  return !weight.is_contiguous();
+}
+
+// A large new tensor in large pages, where there are any: a thousandth of the page faults, and
+// products then miss fewer translations of addresses.
+at::Tensor new_weight(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  at::Tensor packed = at::empty(sizes, options);
+  constexpr uintptr_t kPage = 2 << 20;
+  const auto start = reinterpret_cast<uintptr_t>(packed.mutable_data_ptr());
+  const uintptr_t first = (start + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (start + packed.nbytes()) / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  return packed;
+}
+
 at::Tensor pack_weight(const at::Tensor& weight) {
-  TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "a weight must be (outputs, inputs)");
+  const bool transposed = is_transposed(weight);
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
   const int64_t panels = (outputs + kPanel - 1) / kPanel;
   at::Tensor packed;
@@ -86,20 +131,23 @@ at::Tensor pack_weight(const at::Tensor& weight) {
     using W = decltype(element);
     constexpr int64_t G = kGroup<W>;
     TORCH_CHECK(!kIsInt8<W>, "weights are quantised by pack_weight_int8");
-    packed = at::empty({panels, (inputs + G - 1) / G, kPanel, G}, weight.options());
+    packed = new_weight({panels, (inputs + G - 1) / G, kPanel, G}, weight.options());
+    const W* from = weight.const_data_ptr<W>();
+    W* to = packed.data_ptr<W>();
     for_parts(panels, at::get_num_threads(), [&](int64_t begin, int64_t end) {
-      pack(weight.const_data_ptr<W>(), outputs, inputs, begin, end, packed.data_ptr<W>());
+      (transposed ? pack_transposed<W> : pack<W>)(from, outputs, inputs, begin, end, to);
     });
   });
   return packed;
 }
 
-at::Tensor pack_weight_int8(const at::Tensor& weight) {
-  TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous(), "a weight must be (outputs, inputs)");
+at::Tensor pack_weight_int8(const at::Tensor& any) {
+  const at::Tensor weight = is_transposed(any) ? any.contiguous() : any;
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
   const int64_t panels = (outputs + kPanel - 1) / kPanel, groups = (inputs + 3) / 4;
   constexpr int64_t kHeaderGroups = kHeader<int8_t> / kPanel / 4;
-  at::Tensor packed = at::empty({panels, kHeaderGroups + groups, kPanel, 4}, at::kChar);
+  at::Tensor packed =
+      new_weight({panels, kHeaderGroups + groups, kPanel, 4}, weight.options().dtype(at::kChar));
   for_type(weight.scalar_type(), [&](auto element) {
     using T = decltype(element);
     for_parts(panels, at::get_num_threads(), [&](int64_t begin, int64_t end) {
@@ -108,6 +156,64 @@ at::Tensor pack_weight_int8(const at::Tensor& weight) {
     });
   });
   return packed;
+}
+
+// Sums over the first and over the second index of word(i, j), modulo 2^64.
+template <typename F>
+void sum_words(int64_t rows, int64_t columns, uint64_t* row_sums, uint64_t* column_sums,
+               const F& word) {
+  std::mutex mutex;
+  std::fill_n(column_sums, columns, 0);
+  for_parts(rows, at::get_num_threads(), [&](int64_t begin, int64_t end) {
+    std::vector<uint64_t> sums(columns);
+    for (int64_t i = begin; i < end; i++) {
+      uint64_t sum = 0;
+      for (int64_t j = 0; j < columns; j++) {
+        const uint64_t w = word(i, j);
+        sum += w;
+        sums[j] += w;
+      }
+      row_sums[i] = sum;
+    }
+    const std::lock_guard lock(mutex);
+    for (int64_t j = 0; j < columns; j++) column_sums[j] += sums[j];
+  });
+}
+
+// Of a weight (outputs, inputs) in words of 64 bits, so many inputs at a time: sums over its outputs
+// (words,), and over the words of each output (outputs,). Of a transposed weight too, as it lies.
+std::tuple<at::Tensor, at::Tensor> bit_sums(const at::Tensor& weight) {
+  const bool transposed = is_transposed(weight);
+  const int64_t outputs = weight.size(0), bytes = weight.size(1) * weight.itemsize();
+  TORCH_CHECK(bytes % 8 == 0, "an output must be whole words of 64 bits");
+  const int64_t words = bytes / 8;
+  const auto options = weight.options().dtype(at::kLong);
+  at::Tensor of_words = at::empty({words}, options), of_outputs = at::empty({outputs}, options);
+  auto* word_sums = reinterpret_cast<uint64_t*>(of_words.data_ptr<int64_t>());
+  auto* output_sums = reinterpret_cast<uint64_t*>(of_outputs.data_ptr<int64_t>());
+  const void* data = weight.const_data_ptr();
+  const auto sum_transposed = [&](auto element) {
+    using E = decltype(element);
+    constexpr int kEach = 8 / sizeof(E);
+    const E* at = static_cast<const E*>(data);
+    sum_words(words, outputs, word_sums, output_sums, [=](int64_t i, int64_t j) {
+      uint64_t word = 0;
+      for (int k = 0; k < kEach; k++)
+        word |= static_cast<uint64_t>(at[(i * kEach + k) * outputs + j]) << (8 * sizeof(E) * k);
+      return word;
+    });
+  };
+  if (!transposed) {
+    const auto* at = static_cast<const uint64_t*>(data);
+    sum_words(outputs, words, output_sums, word_sums,
+              [=](int64_t i, int64_t j) { return at[i * words + j]; });
+  } else if (weight.itemsize() == 2) {
+    sum_transposed(uint16_t());
+  } else {
+    TORCH_CHECK(weight.itemsize() == 4, "no sums of ", weight.scalar_type());
+    sum_transposed(uint32_t());
+  }
+  return {of_words, of_outputs};
 }
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& packed,
@@ -141,6 +247,7 @@ at::Tensor gelu_of(const at::Tensor& x, int64_t kind) {
 TORCH_LIBRARY_FRAGMENT(nanogpt_cpu, m) {
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("pack_weight_int8(Tensor weight) -> Tensor");
+  m.def("bit_sums(Tensor weight) -> (Tensor, Tensor)");
   m.def(
       "linear(Tensor x, Tensor packed, Tensor? bias, int outputs, int gelu, Tensor? residual) -> "
       "Tensor");
@@ -150,6 +257,7 @@ TORCH_LIBRARY_FRAGMENT(nanogpt_cpu, m) {
 TORCH_LIBRARY_IMPL(nanogpt_cpu, CPU, m) {
   m.impl("pack_weight", &nanogpt::pack_weight);
   m.impl("pack_weight_int8", &nanogpt::pack_weight_int8);
+  m.impl("bit_sums", &nanogpt::bit_sums);
   m.impl("linear", &nanogpt::linear);
   m.impl("gelu", &nanogpt::gelu_of);
 }

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from nanogpt.engine.cpu import onednn
 from nanogpt.engine.cpu.library import load_kernels
 from nanogpt.engine.cpu.network import FusedHidden
+from nanogpt.model import fingerprint
 from nanogpt.model.gpt import GPT
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         ops = torch.ops.nanogpt_cpu
         pack = ops.pack_weight_int8 if int8 else ops.pack_weight
-        self.weight = pack(linear.weight.detach().contiguous())
+        self.weight = pack(linear.weight.detach())
         self.bias = None if linear.bias is None else linear.bias.detach().float()
         self.gelu = GELU[gelu]
 
@@ -87,6 +88,14 @@ class WideEmbedding(nn.Module):
 def multiplies_natively(dtype: torch.dtype) -> bool:
     """Whether oneDNN takes this 16-bit type for rows and weights alike, faster than float32."""
     return dtype != torch.float32 and onednn.has_products(dtype)
+
+
+def bit_sums(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """As those of nanogpt/model/fingerprint.py; of a matrix at the speed of memory, also of one
+    that is a transposed view. Needs our kernels."""
+    if weight.dim() == 2 and weight.shape[1] * weight.itemsize % 8 == 0:
+        return torch.ops.nanogpt_cpu.bit_sums(weight.detach())
+    return fingerprint.bit_sums(weight)
 
 
 def best_dtype(stored: torch.dtype) -> torch.dtype:
