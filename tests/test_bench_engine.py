@@ -53,6 +53,17 @@ def test_engine_sweep(capsys, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_prompts_that_take_many_steps(capsys, monkeypatch):
+    """The first sequences had ended before the last prompt was computed, and the benchmark waited
+    for ever for all of them to decode."""
+    monkeypatch.setenv("NANOGPT_ENGINE_MAX_NUM_SEQS", "8")
+    monkeypatch.setenv("NANOGPT_ENGINE_MAX_BATCH_TOKENS", "32")
+    argv = ["engine", "--device", "cpu", "--batch", "8", "--context", "90", "--prefill", "9"]
+    assert main([*argv, "--steps", "2"]) == 0
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]["decode"]
+    assert (row["batch"], row["context"]) == (8, 90)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

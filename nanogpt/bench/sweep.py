@@ -79,11 +79,13 @@ class Bench:
         whole = self.info.context_length
         self.contexts = contexts or [whole // 8, 3 * whole // 8]
         self.lengths = lengths or [whole // 8, whole // 2, 7 * whole // 8]
-        self._check(max(self.contexts) + _room(steps), max(self.lengths) + 1)
         engine = config.engine
+        self._prompt_tokens = engine.max_batch_tokens // 2  # of a step, while others decode
+        lead = self._lead(max(batches), max(self.contexts))
+        self._check(max(self.contexts) + lead + _room(steps), max(self.lengths) + 1)
         if max(batches) > engine.max_num_seqs:
             raise ConfigError(f"batch {max(batches)} is over max_num_seqs, {engine.max_num_seqs}")
-        tokens = max(batches) * (max(self.contexts) + _room(steps) + engine.block_size)
+        tokens = max(batches) * (max(self.contexts) + lead + _room(steps) + engine.block_size)
         blocks = blocks_per_context(max(tokens, whole), engine.block_size)
         self._check_memory(blocks * engine.block_size * self.shape.kv_bytes)
         self._engine = build_engine(loaded, blocks + max(batches), config, ALONE, self.device)
@@ -129,10 +131,12 @@ class Bench:
 
     def decode(self, batch: int, context: int, steps: int) -> DecodeRow:
         """`batch` sequences of different prompts, in the middle of their output."""
+        lead = self._lead(batch, context)
+        length = max(1, context - steps // 2 - WARM_STEPS - lead // 2)
         for _ in range(batch):
-            self._add(max(1, context - steps // 2 - WARM_STEPS), max_tokens=_room(steps) + steps)
+            self._add(length, max_tokens=lead + _room(steps) + steps)
         while self._step() < batch:  # until all are past their prompts
-            pass
+            assert self._engine.has_work, "a sequence ended before the last prompt was computed"
         for _ in range(WARM_STEPS):
             self._step()
         step = statistics.median(self._decode_s(batch) for _ in range(steps))
@@ -150,6 +154,10 @@ class Bench:
             sampler_ms=parts.get("sampler"),
             host_ms=parts.get("host"),
         )
+
+    def _lead(self, batch: int, context: int) -> int:
+        """Steps from the end of the first prompt to that of the last: the first sequence's lead."""
+        return -(-batch * context // self._prompt_tokens)
 
     def _decode_s(self, batch: int) -> float:
         """Of a token for every sequence: an engine's step may bring several, or none yet."""
