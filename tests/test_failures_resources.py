@@ -59,9 +59,10 @@ def test_a_full_disk_refuses_what_must_be_kept_and_nothing_else(small_disk):
         accepted = create(client, background=True, n=2, max_tokens=200)
         filler = fill(small_disk)
         refusals = []
-        for _ in range(3):  # the first may find room in pages that the store has already
+        bulky = {f"key{i}": "x" * 500 for i in range(16)}
+        for _ in range(20):  # the first may find room in pages that the store has already
             try:
-                create(client, background=True, prompt="x" * 20_000, max_tokens=1)
+                create(client, background=True, max_tokens=1, metadata=bulky)
             except openai.InternalServerError as error:
                 refusals.append(error)
         assert refusals
