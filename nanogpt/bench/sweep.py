@@ -80,11 +80,11 @@ class Bench:
         self.contexts = contexts or [whole // 8, 3 * whole // 8]
         self.lengths = lengths or [whole // 8, whole // 2, 7 * whole // 8]
         engine = config.engine
+        if max(batches) > engine.max_num_seqs:
+            raise ConfigError(f"batch {max(batches)} is over max_num_seqs, {engine.max_num_seqs}")
         self._prompt_tokens = engine.max_batch_tokens // 2  # of a step, while others decode
         lead = self._lead(max(batches), max(self.contexts))
         self._check(max(self.contexts) + lead + _room(steps), max(self.lengths) + 1)
-        if max(batches) > engine.max_num_seqs:
-            raise ConfigError(f"batch {max(batches)} is over max_num_seqs, {engine.max_num_seqs}")
         tokens = max(batches) * (max(self.contexts) + lead + _room(steps) + engine.block_size)
         blocks = blocks_per_context(max(tokens, whole), engine.block_size)
         self._check_memory(blocks * engine.block_size * self.shape.kv_bytes)
