@@ -26,7 +26,7 @@ from nanogpt import options
 from nanogpt.api import cors, errors, metrics
 from nanogpt.api.admission import Admission
 from nanogpt.api.answer import JSON, Answer, new_request_id
-from nanogpt.api.backend import Cluster
+from nanogpt.api.backend import Cluster, Residents
 from nanogpt.api.caller import Caller
 from nanogpt.api.client_socket import Peer
 from nanogpt.api.decode import clip
@@ -39,9 +39,10 @@ from nanogpt.api.jobs.upload import FRAME_BYTES
 from nanogpt.api.listener import listen
 from nanogpt.api.openapi import OPERATIONS
 from nanogpt.api.operators import Operators
+from nanogpt.api.residents import Command, ResidentRoutes
 from nanogpt.api.server import allow_time, malformed_request, serve
 from nanogpt.api.service import Service
-from nanogpt.cluster.client import ClusterStatus
+from nanogpt.cluster.client import ClusterClient, ClusterStatus
 from nanogpt.cluster.connect import connect
 from nanogpt.cluster.keeper import LOCK, OWNER_VARIABLE
 from nanogpt.config import HttpConfig, Role, ServeConfig
@@ -81,9 +82,11 @@ def create_app(
     jobs: tuple[Store, Path, JobsConfig] | None = None,
     role: Role = "all",
     announcer: Announcer | None = None,
+    residents: Residents | None = None,
 ) -> flask.Flask:
     """The application. `clock` gives the seconds since the epoch that answers carry; `jobs` is what
-    keeps work for later, and is closed with the Service."""
+    keeps work for later, and is closed with the Service; `residents` are the cluster's models,
+    where this process decides about them."""
     app = flask.Flask("nanogpt", static_folder=None)
     # One byte more than allowed: a body in chunks is cut there in silence, so _body can see it.
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_mib * 2**20 + 1
@@ -115,6 +118,8 @@ def create_app(
             stored.start()
     if role != "worker":
         _add_admin_routes(app, Operators(admission))
+    if residents is not None:
+        _add_resident_routes(app, ResidentRoutes(residents, cards, clock))
     _add_errors(app)
     _add_headers(app, service, admission, settings, KEYED if jobs is not None else frozenset())
     return app
@@ -299,6 +304,23 @@ def _add_admin_routes(app: flask.Flask, operators: Operators) -> None:
     def explain_key(key: str) -> flask.Response:
         _only_key(allowed=False)
         return _response(operators.explain(key=key))
+
+
+def _add_resident_routes(app: flask.Flask, residents: ResidentRoutes) -> None:
+    @app.get("/admin/models")
+    def resident_models() -> flask.Response:
+        _only_key(allowed=False)
+        return _response(residents.listed())
+
+    commands: tuple[Command, ...] = ("load", "unload", "pin", "unpin")
+    for command in commands:
+
+        def order(name: str, command: Command = command) -> flask.Response:
+            _only_key(allowed=False)
+            return _response(residents.order(command, name, _body(), flask.g.caller.name))
+
+        rule = f"/admin/models/<any_text:name>/{command}"
+        app.add_url_rule(rule, f"{command}_model", order, methods=["POST"])
 
 
 def _only_key(*, allowed: bool = True) -> str:
@@ -501,7 +523,7 @@ def _remote(config: ServeConfig, store: RedisStore) -> Cluster:
     return cluster
 
 
-def _local(config: ServeConfig, run_dir: RunDir, host: str) -> Cluster:
+def _local(config: ServeConfig, run_dir: RunDir, host: str) -> ClusterClient:
     """The cluster on this machine."""
 
     def ready(status: ClusterStatus, models: dict[str, ModelInfo]) -> None:
@@ -543,10 +565,12 @@ def main(argv: list[str]) -> int:
                 config.host,
             )
         store = _store(config)
+        cluster: Cluster
+        residents: Residents | None = None
         if isinstance(store, RedisStore) and is_web:
             cluster = _remote(config, store)
         else:
-            cluster = _local(config, run_dir, host)
+            cluster = residents = _local(config, run_dir, host)
         directory = run_dir.path if config.queue.url else config.jobs.directory(config.port)
         return create_app(
             cluster,
@@ -556,6 +580,7 @@ def main(argv: list[str]) -> int:
             jobs=(store, directory, config.jobs),
             role=config.role,
             announcer=_announcer(config, store, cluster),
+            residents=residents,
         )
 
     try:

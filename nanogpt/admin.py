@@ -1,8 +1,9 @@
-"""Keys and bans from the command line, whether or not a server runs.
+"""Keys and bans from the command line, whether or not a server runs; the models of one that does.
 
     python -m nanogpt.admin keys create team-a --requests-per-minute 600
     python -m nanogpt.admin users ban mallory --for 7d --reason "scraping"
     python -m nanogpt.admin users explain mallory
+    python -m nanogpt.admin models list
 
 A running server sees a change within a second. Exit codes: 0 done, 1 there is no such thing,
 2 it can't be done.
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import msgspec
 
+from nanogpt import admin_models
 from nanogpt.admission_config import AdmissionConfig, KeyConfig, OwnLimits
 from nanogpt.api.admission import keys
 from nanogpt.api.admission.audit import Entry, open_audit
@@ -40,6 +42,8 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
+        if args.group == "models":
+            return admin_models.run(args)
         config = _config(args, os.environ)
         path = Path(config.state_path)
         if not args.makes_state and not path.exists():
@@ -281,11 +285,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--state", metavar="FILE", help="the server's admission.state")
     parser.add_argument("--config", metavar="FILE", help="the server's configuration file")
-    groups = parser.add_subparsers(required=True, metavar="users|keys")
+    groups = parser.add_subparsers(required=True, metavar="users|keys|models", dest="group")
     users = groups.add_parser("users", help="ban and unban users, and say why")
     _add_users(users.add_subparsers(required=True, metavar="COMMAND"))
     keys_parser = groups.add_parser("keys", help="create, list, revoke and ban API keys")
     _add_keys(keys_parser.add_subparsers(required=True, metavar="COMMAND"))
+    admin_models.add_to(groups.add_parser("models", help="which models are in memory"))
     return parser
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
-from nanogpt import network, options, process, registry
+from nanogpt import network, options, process, registry, servable
 from nanogpt.config import PROJECT, ServeConfig
 from nanogpt.errors import StartupError
 from nanogpt.network import split_endpoint
@@ -70,12 +70,21 @@ def interface(config: ServeConfig) -> str | None:
 
 
 def check_memory(config: ServeConfig, sources: Sequence[tuple[str, str]], ranks: int) -> None:
-    """Raises StartupError when this machine can't hold the weights. For ranks on the CPU: what a
-    GPU has free is known once torch runs there."""
+    """Raises StartupError when this machine can't hold the weights, or what was set for the models.
+    For ranks on the CPU: what a GPU has free is known once torch runs there."""
     # "auto" may become float32: refuse only what is too large in any case.
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
-    needed = ranks * sum(registry.estimate_memory(source, dtype) or 0 for _, source in sources)
+    sizes = {name: registry.estimate_memory(source, dtype) or 0 for name, source in sources}
     free = process.available_memory()
+    if limit := config.residency.memory_gib:
+        servable.check_weights(config, sizes)
+        if ranks * limit * GIB > free:
+            raise StartupError(
+                f"residency.memory_gib is {limit:g} for each of {ranks} ranks, and "
+                f"{free / GIB:.1f} GiB are free: lower it, or use fewer ranks"
+            )
+        return
+    needed = ranks * sum(sizes.values())
     if needed > free:
         raise StartupError(
             f"too little memory: {ranks} x the weights take {needed / GIB:.1f} GiB, and "
@@ -90,6 +99,7 @@ def plan(config: ServeConfig) -> int:
     sources = registry.sources(config.models)
     for name, source in sources:
         registry.check_source(name, source)
+    servable.check_pinned(config, [name for name, _ in servable.servable(config)])
     if not gpus:
         check_memory(config, sources, ranks)
     return ranks

@@ -34,7 +34,7 @@ def make_app(
         settings or HttpConfig(),
         admission,
         CARDS,
-        **{"clock": lambda: 1234.5, **more},
+        **{"clock": lambda: 1234.5, "residents": cluster, **more},
     )
 
 

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from nanogpt.errors import ModelNotFound, Unavailable
+from nanogpt.cluster.residency import ModelStatus
+from nanogpt.errors import Conflict, ModelNotFound, Unavailable
 from nanogpt.registry import CardShape, ModelCard, ModelInfo, TokenizerSpec
 from nanogpt.request import (
     EngineEvent,
@@ -195,6 +196,10 @@ class FakeCluster:
         self.infos = {info.name: info for info in infos}
         self.tok = ByteTokenizer()
         self.state = Status()
+        self.states = {
+            name: ModelStatus(name, "open", False, 10**6, 1, 0, None, 0.5, 1, 0, 0, "")
+            for name in self.infos
+        }
         self.refusal: Unavailable | None = None
         self.handles: list[FakeHandle] = []
         self.delay_s = 0.0
@@ -202,6 +207,26 @@ class FakeCluster:
 
     def models(self) -> dict[str, ModelInfo]:
         return self.infos
+
+    def model_states(self) -> dict[str, ModelStatus]:
+        return self.states
+
+    def memory(self) -> tuple[int, int]:
+        return sum(s.bytes for s in self.states.values() if s.state != "absent"), 0
+
+    def load(self, model: str) -> None:
+        self.states[model] = self.states[model]._replace(state="loading")
+
+    def unload(self, model: str) -> None:
+        if self.states[model].pinned:
+            raise Conflict(f"the model {model!r} is pinned: unpin it first")
+        self.states[model] = self.states[model]._replace(state="draining")
+
+    def pin(self, model: str) -> None:
+        self.states[model] = self.states[model]._replace(pinned=True)
+
+    def unpin(self, model: str) -> None:
+        self.states[model] = self.states[model]._replace(pinned=False)
 
     def tokenizer(self, model: str) -> ByteTokenizer:
         if model not in self.infos:
@@ -220,7 +245,7 @@ class FakeCluster:
         )
         return {0: (stats,), 1: (stats,)}
 
-    def submit(self, request: GenerateRequest) -> FakeHandle:
+    def submit(self, request: GenerateRequest, *, is_patient: bool = False) -> FakeHandle:
         if self.refusal:
             raise self.refusal
         handle = FakeHandle(request, self.state.ranks, self.script(request), self.delay_s)

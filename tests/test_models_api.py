@@ -8,7 +8,8 @@ import pytest
 
 from nanogpt.config import PROJECT
 from nanogpt.registry import read_cards
-from tests.app_utils import CLOSED, KEY, assert_error, bearer, complete, make_app
+from nanogpt.request import RequestFailed
+from tests.app_utils import ADMIN_KEY, CLOSED, KEY, assert_error, bearer, complete, make_app
 from tests.fake_cluster import INFO, FakeCluster
 
 
@@ -84,3 +85,62 @@ def test_listing_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     assert done.stdout.strip().endswith("[]"), done.stderr
+
+
+@pytest.fixture
+def closed(cluster):
+    return make_app(cluster, environ=CLOSED).test_client()
+
+
+def operate(closed, path="", key=ADMIN_KEY, **more):
+    call = closed.post if path else closed.get
+    return call(f"/admin/models{path}", headers=bearer(key), **more)
+
+
+def test_operators_see_the_memory_of_models(closed):
+    listed = operate(closed).json
+    assert (listed["memory_bytes"], listed["memory_limit_bytes"]) == (10**6, None)
+    (model,) = listed["data"]
+    assert (model["id"], model["state"], model["pinned"]) == (INFO.name, "loaded", False)
+    assert (model["running"], model["waiting"], model["last_used"]) == (1, 0, None)
+
+
+def test_operators_load_unload_and_pin_by_name_or_alias(closed):
+    name = INFO.name
+    assert operate(closed, f"/{name}/unload").json["state"] == "unloading"
+    assert closed.get(f"/v1/models/{name}", headers=bearer(KEY)).json["state"] == "unloading"
+    assert operate(closed, "/fake/load").json["state"] == "loading"
+    assert operate(closed, f"/{name}/pin").json["pinned"] is True
+    assert_error(operate(closed, f"/{name}/unload"), 409, "conflict_error")
+    assert operate(closed, f"/{name}/unpin", json={}).json["pinned"] is False
+
+
+def test_only_operators_may_and_only_what_there_is(closed):
+    assert_error(operate(closed, key=KEY), 401, code="invalid_api_key")
+    assert_error(operate(closed, f"/{INFO.name}/load", key=KEY), 401, code="invalid_api_key")
+    assert_error(operate(closed, "/nothing/load"), 404, code="model_not_found", param="model")
+    assert_error(operate(closed, f"/{INFO.name}/load", json={"a": 1}), 400, param="a")
+    assert_error(operate(closed, f"/{INFO.name}/load?key=x"), 400, param="key")
+
+
+def test_a_model_that_is_not_in_memory_answers_like_any_other(cluster, closed):
+    cluster.states[INFO.name] = cluster.states[INFO.name]._replace(state="absent")
+    assert closed.get(f"/v1/models/{INFO.name}", headers=bearer(KEY)).json["state"] == "available"
+    assert complete(closed, bearer(KEY)).status_code == 200
+
+
+def test_who_waited_in_vain_for_a_model_is_told_when_to_come_back(cluster):
+    def refuse(request):
+        return [[RequestFailed(request.request_id, "no room", "model_not_loaded", 10)]]
+
+    cluster.script = refuse
+    response = complete(make_app(cluster).test_client())
+    assert_error(response, 503, "server_error", code="model_not_loaded")
+    assert response.headers["Retry-After"] == "10"
+    assert response.json["error"]["message"] == "no room"
+
+
+def test_the_memory_of_models_is_in_the_metrics(cluster):
+    lines = make_app(cluster).test_client().get("/metrics").text.splitlines()
+    assert f'nanogpt_model_resident{{model="{INFO.name}"}} 1.0' in lines
+    assert f'nanogpt_model_loads_total{{model="{INFO.name}"}} 1.0' in lines

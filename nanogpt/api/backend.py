@@ -23,6 +23,35 @@ class Status(Protocol):
     def detail(self) -> str: ...
 
 
+class ModelStatus(Protocol):
+    """A model and its memory: see nanogpt/cluster/residency.py."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def pinned(self) -> bool: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def used_at(self) -> float | None: ...
+    @property
+    def load_s(self) -> float: ...
+    @property
+    def loads(self) -> int: ...
+    @property
+    def failures(self) -> int: ...
+    @property
+    def evictions(self) -> int: ...
+    @property
+    def problem(self) -> str: ...
+
+
 class Handle(Protocol):
     """An accepted request.
 
@@ -52,7 +81,10 @@ class Cluster(Protocol):
     """Thread-safe."""
 
     def models(self) -> Mapping[str, ModelInfo]:
-        """Loaded models by name; empty while starting."""
+        """Models that are served, by name, in memory or not; empty while starting."""
+
+    def model_states(self) -> Mapping[str, ModelStatus]:
+        """Which of them are in memory, as far as that is known here."""
 
     def tokenizer(self, model: str) -> Tokenizer: ...
 
@@ -63,10 +95,31 @@ class Cluster(Protocol):
     def stats(self) -> Mapping[int, Sequence[EngineStats]]:
         """The latest of each rank, one entry for each of its models."""
 
-    def submit(self, request: GenerateRequest) -> LiveHandle:
-        """Accept a request without owners. Raises Unavailable; InvalidRequest: too many choices."""
+    def submit(self, request: GenerateRequest, *, is_patient: bool = False) -> LiveHandle:
+        """Accept a request without owners; a patient one waits for its model as long as that
+        takes. Raises Unavailable; InvalidRequest: too many choices."""
 
     def drain(self) -> None:
         """Take no new requests. Safe to call from a signal handler."""
 
     def close(self) -> None: ...
+
+
+class Residents(Protocol):
+    """A cluster whose models come and go. Thread-safe; the orders return at once, and raise
+    ModelNotFound; Conflict when they can't be carried out; Unavailable."""
+
+    def models(self) -> Mapping[str, ModelInfo]: ...
+
+    def model_states(self) -> Mapping[str, ModelStatus]: ...
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes on each rank that models take, and that they may (0: there is no limit)."""
+
+    def load(self, model: str) -> None: ...
+
+    def unload(self, model: str) -> None: ...
+
+    def pin(self, model: str) -> None: ...
+
+    def unpin(self, model: str) -> None: ...

@@ -3,8 +3,18 @@
 from collections.abc import Iterable, Mapping
 
 from nanogpt import __version__
-from nanogpt.api.objects import Model
+from nanogpt.api.backend import ModelStatus
+from nanogpt.api.objects import Model, ModelState
 from nanogpt.registry import ModelCard, ModelInfo
+
+# As clients are told it, by the state of ModelStatus.
+STATES: dict[str, ModelState] = {
+    "absent": "available",
+    "loading": "loading",
+    "open": "loaded",
+    "draining": "unloading",
+    "unloading": "unloading",
+}
 
 
 def system_fingerprint(info: ModelInfo) -> str:
@@ -13,16 +23,22 @@ def system_fingerprint(info: ModelInfo) -> str:
 
 
 def listed(
-    infos: Mapping[str, ModelInfo], cards: Mapping[str, ModelCard], served: Iterable[str]
+    infos: Mapping[str, ModelInfo],
+    cards: Mapping[str, ModelCard],
+    served: Iterable[str],
+    states: Mapping[str, ModelStatus],
 ) -> list[Model]:
     """Served ones first, so that a client which takes the first gets an answer. Empty before any
     model is served; `served` are the names of all of them, also of those not to be shown."""
     names = set(served)
     rest = [cards[name] for name in sorted(cards.keys() - names)] if names else []
-    return [*(loaded(infos[name], cards) for name in sorted(infos)), *map(not_loaded, rest)]
+    shown = [offered(infos[name], cards, states) for name in sorted(infos)]
+    return [*shown, *map(not_offered, rest)]
 
 
-def loaded(info: ModelInfo, cards: Mapping[str, ModelCard]) -> Model:
+def offered(
+    info: ModelInfo, cards: Mapping[str, ModelCard], states: Mapping[str, ModelStatus]
+) -> Model:
     card = cards.get(info.name)
     return Model(
         id=info.name,
@@ -31,13 +47,15 @@ def loaded(info: ModelInfo, cards: Mapping[str, ModelCard]) -> Model:
         dtype=info.dtype,
         num_parameters=info.num_parameters,
         system_fingerprint=system_fingerprint(info),
+        # A web server does not know: whoever has the model sees to its being loaded.
+        state=STATES[states[info.name].state] if info.name in states else "loaded",
         aliases=[*card.aliases] if card else [],
         licence=card.licence if card else None,
         notes=card.notes if card else None,
     )
 
 
-def not_loaded(card: ModelCard) -> Model:
+def not_offered(card: ModelCard) -> Model:
     here = card.modified
     return Model(
         id=card.name,

@@ -126,6 +126,7 @@ class _ClusterCollector(Collector):
             ),
             "steps": CounterMetricFamily("nanogpt_engine_steps", "Engine steps.", labels=labels),
         }
+        yield from _residency(self._cluster)
         for rank, models in sorted(self._cluster.stats().items()):
             for one in models:
                 key = [one.model, str(rank)]
@@ -138,6 +139,39 @@ class _ClusterCollector(Collector):
         yield from gauges.values()
         yield usage
         yield from counters.values()
+
+
+def _residency(cluster: Cluster) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+    """Which models are in memory. Counters are of this process."""
+    families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {
+        "resident": GaugeMetricFamily(
+            "nanogpt_model_resident", "1 when the model is loaded.", labels=["model"]
+        ),
+        "bytes": GaugeMetricFamily(
+            "nanogpt_model_memory_bytes", "Of a loaded model on each rank.", labels=["model"]
+        ),
+        "waiting": GaugeMetricFamily(
+            "nanogpt_model_waiting", "Requests that wait for the model.", labels=["model"]
+        ),
+        "load_s": GaugeMetricFamily(
+            "nanogpt_model_load_seconds", "How long loading took the last time.", labels=["model"]
+        ),
+        "loads": CounterMetricFamily(
+            "nanogpt_model_loads", "Times that the model was loaded.", labels=["model"]
+        ),
+        "failures": CounterMetricFamily(
+            "nanogpt_model_load_failures", "Times that it could not be.", labels=["model"]
+        ),
+        "evictions": CounterMetricFamily(
+            "nanogpt_model_evictions", "Times that it made room for another.", labels=["model"]
+        ),
+    }
+    for name, status in sorted(cluster.model_states().items()):
+        is_there = status.state in ("open", "draining")
+        for field, family in families.items():
+            value = float(is_there) if field == "resident" else getattr(status, field)
+            family.add_metric([name], 0.0 if field == "bytes" and not is_there else value)
+    yield from families.values()
 
 
 class _AdmissionCollector(Collector):

@@ -61,9 +61,13 @@ class ErrorResponse(msgspec.Struct):
     error: ErrorDetail
 
 
+ModelState = Literal["loaded", "loading", "unloading", "available", "not_available"]
+
+
 class Model(msgspec.Struct):
     """A model that is served, or that could be; `command` brings the weights of one that is not
-    available, and `created` is 0 for it."""
+    available, and `created` is 0 for it. One that is served and not loaded is loaded by the first
+    request for it."""
 
     id: str
     created: int
@@ -73,7 +77,7 @@ class Model(msgspec.Struct):
     system_fingerprint: str | None
     object: Literal["model"] = "model"
     owned_by: str = "nanogpt"
-    state: Literal["loaded", "available", "not_available"] = "loaded"
+    state: ModelState = "loaded"
     aliases: list[str] = []
     licence: str | None = None
     notes: str | None = None

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Struct
 
 from nanogpt import __version__
-from nanogpt.api import objects, operators
+from nanogpt.api import objects, operators, residents
 from nanogpt.api.admission.bans import Ban
 from nanogpt.api.admission.explain import Explanation
 from nanogpt.api.jobs import once
@@ -34,7 +34,7 @@ OPERATIONS = (
     Operation(
         method="get",
         path="/v1/models",
-        summary="The models that are loaded.",
+        summary="The models that are served, and those that could be.",
         answer=objects.ModelList,
     ),
     Operation(
@@ -96,6 +96,32 @@ OPERATIONS = (
         answer="application/json",
     ),
     Operation(method="get", path="/docs", summary="This contract as a page.", answer="text/html"),
+    Operation(
+        method="get",
+        path="/admin/models",
+        summary="The models that are served, and their memory.",
+        answer=residents.ResidentList,
+        access="admin",
+        errors=(400, 500),
+    ),
+    *(
+        Operation(
+            method="post",
+            path=f"/admin/models/{{model}}/{command}",
+            summary=summary,
+            body=residents.NoBody,
+            body_required=False,
+            answer=residents.Resident,
+            access="admin",
+            errors=(*ADMIN_ERRORS, 409, 503),
+        )
+        for command, summary in (
+            ("load", "Have a model loaded on all ranks, as soon as there is room."),
+            ("unload", "Have a model unloaded, once what runs on it has finished."),
+            ("pin", "Have a model loaded, and kept whatever others need."),
+            ("unpin", "Let a model go again when others need its memory."),
+        )
+    ),
     Operation(
         method="get",
         path="/admin/users",

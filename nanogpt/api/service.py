@@ -228,7 +228,8 @@ class Service:
 
     def models(self, caller: Caller) -> Answer:
         loaded = self._cluster.models()
-        return Answer(encode(ModelList(catalogue.listed(*self._known(caller, loaded), loaded))))
+        known, states = self._known(caller, loaded), self._cluster.model_states()
+        return Answer(encode(ModelList(catalogue.listed(*known, loaded, states))))
 
     def model(self, caller: Caller, name: str) -> Answer:
         loaded = self._cluster.models()
@@ -236,8 +237,9 @@ class Service:
         real = real_name(loaded, name, self._cards)
         card = find_card(real, cards)
         if real not in infos and card is not None:
-            return Answer(encode(catalogue.not_loaded(card)))
-        return Answer(encode(catalogue.loaded(find_model(infos, real), self._cards)))
+            return Answer(encode(catalogue.not_offered(card)))
+        info, states = find_model(infos, real), self._cluster.model_states()
+        return Answer(encode(catalogue.offered(info, self._cards, states)))
 
     def _known(
         self, caller: Caller, loaded: Mapping[str, ModelInfo]

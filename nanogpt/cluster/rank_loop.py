@@ -26,6 +26,7 @@ from nanogpt.cluster.messages import (
 )
 from nanogpt.cluster.respawn import Life
 from nanogpt.cluster.transport import EventLink
+from nanogpt.cluster.turns import Turns
 from nanogpt.ranks import Ranks
 from nanogpt.registry import ModelInfo
 from nanogpt.request import EngineEvent, EngineStats, GenerateRequest, RequestFailed
@@ -92,6 +93,7 @@ class RankLoop:
         are always the same."""
         self._ranks, self._engines, self._broadcast = ranks, dict(engines), broadcast
         self._loader = loader
+        self._turns = Turns()
         self._life = life or Life()
         self._lead, self._heartbeat_s = lead, heartbeat_s
         self._decode: Decoder[Frame] = Decoder(Frame)
@@ -207,11 +209,13 @@ class RankLoop:
         if self._link and self._link.backlog > MAX_BACKLOG:
             time.sleep(IDLE_POLL_S)
             return
-        for engine in self._engines.values():
-            if engine.has_work:
-                self._send(engine.step())
+        name = self._turns.choose([n for n, engine in self._engines.items() if engine.has_work])
+        started = time.monotonic()
+        self._send(self._engines[name].step())
+        now = time.monotonic()
+        self._turns.charge(name, now - started)
         is_idle = not any(engine.has_work for engine in self._engines.values())
-        if is_idle or time.monotonic() - self._stats_at >= STATS_S:
+        if is_idle or now - self._stats_at >= STATS_S:
             self._publish_stats()
 
     def _send(self, events: list[EngineEvent]) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from nanogpt.api.backend import ModelStatus
 from nanogpt.api.jobs import relay
 from nanogpt.errors import (
     CheckpointError,
@@ -98,7 +99,11 @@ class RemoteCluster:
         """None: each cluster tells its own."""
         return {}
 
-    def submit(self, request: GenerateRequest) -> relay.RelayHandle:
+    def model_states(self) -> dict[str, ModelStatus]:
+        """Each cluster knows its own."""
+        return {}
+
+    def submit(self, request: GenerateRequest, *, is_patient: bool = False) -> relay.RelayHandle:
         """Raises Unavailable; InvalidRequest for too many choices."""
         if self._draining:
             raise draining()
