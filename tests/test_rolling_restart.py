@@ -112,8 +112,8 @@ def test_a_rolling_restart_loses_nothing(tmp_path):
                 servers[number] = Server("--ranks", "1", port=port)
                 servers[number].wait_for("^ready: ")
             assert clients.stop() > 2 * CLIENTS
-            statuses = [line.split('" ')[1][:3] for line in (tmp_path / "access.log").open()]
-            assert set(statuses) == {"200"}
+            answers = (tmp_path / "access.log").read_text().splitlines()
+            assert {line.split('" ')[1][:3] for line in answers} == {"200"}
     finally:
         for server in servers:
             server.close()
