@@ -99,6 +99,19 @@ def test_even_a_model_that_took_no_time_to_load_serves_who_waits():
     assert made.turn(1.0) == [Admit("1")]
 
 
+def test_a_model_that_has_just_come_stays_while_it_has_work_and_a_little_longer():
+    made = residency(a=6, b=6)
+    ask(made, "1", "a")
+    made.loaded("a", 10.0, seconds=10.0)
+    assert made.turn(10.0) == [Admit("1")]
+    made.leave("1", 11.0)
+    assert ask(made, "2", "b", 11.5) == [], "its next request may follow at once"
+    assert ask(made, "3", "a", 11.6) == [Admit("3")]
+    assert made.turn(19.0) == []
+    made.leave("3", 19.0)
+    assert made.turn(20.0) == [Unload("a")]
+
+
 def test_the_oldest_request_comes_first():
     made = residency(a=6, b=6, c=6, held=["a"])
     ask(made, "0", "a")

@@ -7,8 +7,8 @@ A model goes through these states on all ranks together:
 Requests for an open model run at once; all others wait, in the order of their arrival. One change
 is under way at a time, for the model whose request has waited longest. Room is made by those that
 were not used for longest: a model that drains takes nothing new, finishes what runs, and goes. One
-that was loaded serves all that waited for it, and stays for as long as loading took at least: two
-models which compete for one place spend half of their time on changes at the most.
+that was loaded serves all that waited for it, and while it has work stays for as long as loading
+took at least: two models which compete for one place spend half of their time on changes at most.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,6 +18,7 @@ State = Literal["absent", "loading", "open", "draining", "unloading"]
 
 RETRY_S = 30.0  # a model that could not be loaded is not tried again so soon, but by an operator
 MOST_DEATHS = 3  # of groups in a row while they loaded a model: then it is to blame
+IDLE_PART = 0.1  # of its loading time: a model that is idle for so long need not stay
 BUSY_RETRY_S = 10  # Retry-After of who has waited in vain
 GIB = 2**30
 
@@ -91,6 +92,13 @@ class _Model:
     @property
     def is_there(self) -> bool:
         return self.state != "absent"
+
+    def may_go(self, now: float) -> bool:
+        """Whether it may be chosen to make room."""
+        if self.state != "open" or self.pinned:
+            return False
+        is_idle = not self.running and now >= (self.used_at or 0.0) + IDLE_PART * self.load_s
+        return is_idle or now >= self.stays_until
 
     def status(self) -> ModelStatus:
         return ModelStatus(
@@ -384,7 +392,7 @@ class Residency:
         for model in sorted(self._models.values(), key=lambda m: (bool(m.running), m.used_at or 0)):
             if lacking <= sum(m.need for m in victims):
                 break
-            if model.state == "open" and not model.pinned and now >= model.stays_until:
+            if model.may_go(now):
                 victims.append(model)
         spare = sum(m.need for m in victims) - lacking
         if spare < 0:

@@ -21,7 +21,7 @@ from nanogpt.servable import servable
 
 log = logging.getLogger(__name__)
 
-NICENESS = 10  # of the thread that loads, so that what runs meanwhile goes before it
+NICENESS = 5  # of the thread that loads, so that what runs meanwhile goes before it
 
 
 class Arrival(NamedTuple):
