@@ -31,10 +31,10 @@ class Pair:
     def __init__(self, machines: list[Node], environ: dict[str, str]) -> None:
         self.machines, self._environ = machines, environ
         self.store_port = free_port()
-        self.second = self._launch(1)
-        self.server = self._launch(0)
+        self.second = self.launch(1)
+        self.server = self.launch(0)
 
-    def _launch(self, number: int, *options: str) -> Server:
+    def launch(self, number: int, *options: str) -> Server:
         machine = self.machines[number]
         return Server(
             *("--ranks", "1", "--nnodes", "2", "--node-rank", str(number)),
@@ -52,7 +52,7 @@ class Pair:
         self.second.close()
 
     def start_second(self, *options: str) -> None:
-        self.second = self._launch(1, *options)
+        self.second = self.launch(1, *options)
 
     def who(self) -> str:
         """The ranks that generate a request's choices."""
@@ -206,7 +206,8 @@ def test_whoever_reaches_the_ports_is_not_let_in(pair):
 
 def test_the_second_machine_waits_for_the_first_and_ends_at_once_when_told_to(pair):
     assert pair.server.stop() == 0
-    pair.server = pair._launch(0)
+    pair.server.close()
+    pair.server = pair.launch(0)
     pair.server.wait_for("^ready: ")
     pair.wait_for("0,1,0,1")
     below = pair.second.below()
