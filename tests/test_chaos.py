@@ -199,10 +199,10 @@ def test_the_load_is_a_function_of_its_seed():
 
 def test_a_short_run_loses_nothing(tmp_path):
     """Every kind of fault but a hang once, with real processes; hangs are in test_failures.py."""
-    kinds = "kill-rank,kill-all,exit-rank,kill-torchrun,stop-frontend,drain"
+    kinds = "kill-rank,kill-all,exit-rank,kill-torchrun,kill-master,stop-frontend,drain"
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "nanogpt.chaos", "--faults", kinds, "--kills", "6"),
+            *(sys.executable, "-m", "nanogpt.chaos", "--faults", kinds, "--kills", "7"),
             *("--templates", "10", "--requests-in-flight", "6", "--directory", str(tmp_path)),
         ],
         cwd=ROOT,
