@@ -315,11 +315,11 @@ def _add_resident_routes(app: flask.Flask, residents: ResidentRoutes) -> None:
     commands: tuple[Command, ...] = ("load", "unload", "pin", "unpin")
     for command in commands:
 
-        def order(name: str, command: Command = command) -> flask.Response:
+        def order(id: str, command: Command = command) -> flask.Response:
             _only_key(allowed=False)
-            return _response(residents.order(command, name, _body(), flask.g.caller.name))
+            return _response(residents.order(command, id, _body(), flask.g.caller.name))
 
-        rule = f"/admin/models/<any_text:name>/{command}"
+        rule = f"/admin/models/<any_text:id>/{command}"
         app.add_url_rule(rule, f"{command}_model", order, methods=["POST"])
 
 

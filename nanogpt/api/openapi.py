@@ -107,7 +107,7 @@ OPERATIONS = (
     *(
         Operation(
             method="post",
-            path=f"/admin/models/{{model}}/{command}",
+            path=f"/admin/models/{{id}}/{command}",
             summary=summary,
             body=residents.NoBody,
             body_required=False,

@@ -1,0 +1,140 @@
+"""Which models a server offers, what each gets of the memory, what is known of the others."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanogpt import preflight, process, servable
+from nanogpt.config import ServeConfig, convert
+from nanogpt.engine.descriptions import Descriptions
+from nanogpt.engine.models import Models
+from nanogpt.engine.plan import Planner
+from nanogpt.engine.setup import GIB
+from nanogpt.engine.sizes import LEAST_CONTEXTS, Size, share
+from nanogpt.errors import ConfigError, StartupError
+from nanogpt.ranks import Ranks
+from tests.hf_models import TINY, write_model
+
+CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, 0, 1, 0, "", 0)
+SIZES = st.lists(
+    st.builds(Size, st.integers(1, 1000), st.integers(1, 100), st.integers(1, 64)),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(SIZES, st.integers(10, 5000), st.integers(1, 300))
+def test_shares_fit_each_by_itself_and_are_even(sizes, memory, most):
+    shares = share(memory, memory, sizes, most_contexts=most)
+    contexts = []
+    for size, each in zip(sizes, shares, strict=True):
+        if each.blocks:
+            assert each.bytes <= memory
+            contexts.append(each.blocks / size.blocks_per_context)
+            assert contexts[-1] <= most
+            assert each.blocks >= size.blocks_per_context, "one context at the least"
+        else:
+            assert size.weights + size.context > memory, "it could have had one"
+
+
+def test_with_room_for_all_all_are_there_at_once():
+    sizes = [Size(100, 10, 4), Size(300, 20, 4)]
+    shares = share(1000, 1000, sizes, most_contexts=256)
+    assert [each.blocks for each in shares] == [80, 80]  # 20 contexts of each
+    assert sum(each.bytes for each in shares) <= 1000
+
+
+def test_without_room_for_all_each_has_a_few_contexts():
+    sizes = [Size(600, 10, 4), Size(800, 10, 4)]
+    shares = share(1000, 1000, sizes, most_contexts=256)
+    assert [each.blocks for each in shares] == [4 * LEAST_CONTEXTS] * 2
+
+
+def test_one_that_can_hardly_be_there_has_what_is_left():
+    (small,) = share(125, 1000, [Size(100, 10, 4)], most_contexts=256)
+    assert small.blocks == 10  # two and a half contexts
+    (none,) = share(105, 1000, [Size(100, 10, 4)], most_contexts=256)
+    assert none.blocks == 0
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    write_model(tmp_path / "tiny", **TINY)
+    return tmp_path / "tiny"
+
+
+def config_of(tiny, **residency) -> ServeConfig:
+    models = ["shakespeare-char", f"tiny={tiny}"]
+    return convert({"models": models, "device": "cpu", "residency": residency}, ServeConfig)
+
+
+def planner(config: ServeConfig, tmp_path) -> Planner:
+    return Planner(config, CPU, tmp_path / "known", Models(config, ALONE, CPU).load)
+
+
+def test_it_begins_with_what_fits_pinned_ones_first(tiny, tmp_path):
+    made = planner(config_of(tiny, memory_gib=1), tmp_path)
+    assert made.plan(None, ()).begin_with == ("shakespeare-char", "tiny")
+    assert [*made.infos] == ["shakespeare-char", "tiny"]
+    first = planner(config_of(tiny, memory_gib=0.028), tmp_path)
+    assert first.plan(None, ()).begin_with == ("shakespeare-char",)
+    assert first.plan(None, ["tiny"]).begin_with == ("tiny",)
+    assert first.plan(["tiny"], ()).begin_with == ("tiny",)
+    assert sum(first.needs.values()) > first.budget >= max(first.needs.values())
+
+
+def test_without_a_limit_it_begins_with_all_unless_an_operator_unloaded_some(tiny, tmp_path):
+    made = planner(config_of(tiny), tmp_path)
+    assert made.plan(None, ()).begin_with == ("shakespeare-char", "tiny")
+    assert made.plan(["tiny"], ()).begin_with == ("tiny",)
+    assert made.plan(["tiny"], ()).blocks == {}
+    assert [*made.infos] == ["shakespeare-char", "tiny"]
+
+
+def test_too_large_a_model_and_too_many_pinned_ones_are_refused_at_the_start(tiny, tmp_path):
+    with pytest.raises(StartupError, match="'shakespeare-char' takes"):
+        planner(config_of(tiny, memory_gib=0.02), tmp_path).plan(None, ())
+    both = ["shakespeare-char", "tiny"]
+    with pytest.raises(StartupError, match="pinned models"):
+        planner(config_of(tiny, memory_gib=0.028, pinned=both), tmp_path).plan(None, ())
+    with pytest.raises(ConfigError, match="'gpt5', which is not served"):
+        planner(config_of(tiny, pinned=["gpt5"]), tmp_path)
+
+
+def test_preflight_compares_with_what_the_machine_has(tiny, monkeypatch):
+    monkeypatch.setattr(process, "available_memory", lambda: GIB)
+    sources = [("tiny", str(tiny))]
+    preflight.check_memory(config_of(tiny, memory_gib=0.5), sources, ranks=2)
+    with pytest.raises(StartupError, match=r"residency\.memory_gib is 0\.5 for each of 3 ranks"):
+        preflight.check_memory(config_of(tiny, memory_gib=0.5), sources, ranks=3)
+    with pytest.raises(StartupError, match="weights of 'tiny'"):
+        preflight.check_memory(config_of(tiny, memory_gib=1e-4), sources, ranks=1)
+
+
+def test_with_a_limit_known_models_whose_weights_are_here_are_offered_too(tiny, monkeypatch):
+    config = convert({"models": [f"tiny={tiny}"], "device": "cpu"}, ServeConfig)
+    assert [name for name, _ in servable.servable(config)] == ["tiny"]
+    limited = convert({"models": [f"tiny={tiny}"], "residency": {"memory_gib": 1}}, ServeConfig)
+    assert [name for name, _ in servable.servable(limited)][:1] == ["tiny"]
+    assert "shakespeare-char" in dict(servable.servable(limited))
+
+
+def test_weights_are_read_once_until_they_change(tiny, tmp_path):
+    models = Models(config_of(tiny), ALONE, CPU)
+    reads = []
+
+    def find() -> str:
+        known = Descriptions(tmp_path / "known")  # as another process would
+        load = lambda: reads.append(1) or models.load("tiny")  # noqa: E731
+        return known.find("tiny", str(tiny), "auto", load).info.fingerprint
+
+    first = find()
+    assert (find(), len(reads)) == (first, 1)
+    os.utime(tiny / "model.safetensors", (1, 1))
+    assert (find(), len(reads)) == (first, 2)
+    (tmp_path / "known").write_bytes(b"{")
+    assert (find(), len(reads)) == (first, 3)
