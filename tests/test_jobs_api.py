@@ -297,7 +297,7 @@ def test_the_next_server_goes_on_from_the_tokens_so_far(tmp_path):
         seen = b""
         for part in answer.iter_encoded():
             seen += part
-            if seen.count(b"data: ") == 4:  # of the second batch, when both were kept
+            if seen.count(b"data: ") == 2:  # something of both choices was kept
                 break
         answer.close()
     second = FakeCluster(resuming)

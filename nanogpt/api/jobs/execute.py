@@ -7,10 +7,11 @@ import msgspec
 
 from nanogpt.api.admission import Admission
 from nanogpt.api.assemble import Assembler
-from nanogpt.api.backend import Cluster, Handle
+from nanogpt.api.backend import Cluster, Handle, LiveHandle
 from nanogpt.api.catalogue import system_fingerprint
 from nanogpt.api.errors import ClientGone
 from nanogpt.api.jobs import outcome
+from nanogpt.api.jobs.gathered import Gathered
 from nanogpt.api.jobs.generated import Generated
 from nanogpt.api.jobs.owned import check_still_allowed
 from nanogpt.api.jobs.unattended import generate
@@ -155,9 +156,11 @@ class Text(Generated):
 class _Keeper:
     """A handle whose events are kept in the store on their way."""
 
-    def __init__(self, handle: Handle, lease: Lease, text: Text) -> None:
-        self._handle, self._lease, self._text = handle, lease, text
-        self._interval = STREAM_FLUSH_S if text.plan.completion.stream else FLUSH_S
+    def __init__(self, handle: LiveHandle, lease: Lease, text: Text) -> None:
+        is_stream = text.plan.completion.stream
+        self._interval = STREAM_FLUSH_S if is_stream else FLUSH_S
+        self._handle: Handle = handle if is_stream else Gathered(handle, FLUSH_S)
+        self._lease, self._text = lease, text
         self._keep_at = 0.0  # the first ones at once
 
     @property

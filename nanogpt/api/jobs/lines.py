@@ -9,10 +9,11 @@ import msgspec
 from nanogpt.api import errors
 from nanogpt.api.admission import Admission
 from nanogpt.api.assemble import Assembler
-from nanogpt.api.backend import Cluster, Handle
+from nanogpt.api.backend import Cluster, LiveHandle
 from nanogpt.api.caller import Caller
 from nanogpt.api.errors import ClientGone
 from nanogpt.api.jobs.completions import BATCH_PRIORITY, behind
+from nanogpt.api.jobs.gathered import Gathered
 from nanogpt.api.jobs.unattended import generate
 from nanogpt.api.jobs.whereabouts import Elsewhere, nowhere
 from nanogpt.api.metrics import Metrics
@@ -23,6 +24,7 @@ from nanogpt.errors import ApiError, InvalidRequest, Unavailable
 from nanogpt.registry import ModelCard
 
 RETRY_S = 0.5  # after a cluster that was full
+GATHER_S = 0.25  # how often a line looks for tokens; its end is told at once
 
 
 class LineAnswer(NamedTuple):
@@ -111,7 +113,7 @@ class LineRunner:
         )
         caller.admit_line(plan)
         assembler, collected = Assembler(plan, tokenizer), Collected(plan)
-        handle = self._submit(plan, stopped)
+        handle = Gathered(self._submit(plan, stopped), GATHER_S)
 
         def is_over() -> bool:
             caller.check_still_allowed()
@@ -123,7 +125,7 @@ class LineRunner:
             raise Stopped from None
         return encode(collected.completion(assembler, assembler.best(plan.completion.n)))
 
-    def _submit(self, plan: Plan, stopped: Callable[[], bool]) -> Handle:
+    def _submit(self, plan: Plan, stopped: Callable[[], bool]) -> LiveHandle:
         while True:
             try:
                 return self._cluster.submit(plan.request)
