@@ -65,7 +65,9 @@ class TrainConfig(Section, frozen=True):
 
 
 # What may change between a run and its continuation: the rest decides the losses.
-_MAY_CHANGE = {"out", "title", "licence", "max_steps", "max_minutes", "save_every_s"}
+_MAY_CHANGE = {
+    *("out", "title", "licence", "max_steps", "max_minutes", "eval_every", "save_every_s"),
+}
 
 
 def load(file: str, overrides: Sequence[str] = (), out: str = "") -> TrainConfig:
