@@ -54,3 +54,12 @@ def any_client(deployment):
     """The official client of a deployment, without retries."""
     with deployment.client() as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For a module whose networks are tiny."""
+    from tests.engine_utils import threads
+
+    with threads(1):
+        yield

@@ -1,15 +1,22 @@
 """Helpers of the engine's tests: requests, tiny models, and a runner that needs no network."""
 
 import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
+
+import torch
+from torch import nn
 
 from nanogpt.engine.engine import Engine
 from nanogpt.engine.model_runner import StepOutput
 from nanogpt.engine.scheduler import Batch
 from nanogpt.engine.sequence import Sequence
 from nanogpt.engine.uniforms import uniforms
-from nanogpt.model.gpt import GPTConfig
+from nanogpt.model.gpt import GPT, GPTConfig
+from nanogpt.model.load import LoadedModel
 from nanogpt.registry import ModelInfo, TokenizerSpec
 from nanogpt.request import (
     EngineEvent,
@@ -65,6 +72,51 @@ def request(
         tenant=tenant,
         weight=weight,
     )
+
+
+def tiny_gpt(
+    context: int,
+    *,
+    seed: int = 7,
+    vocab_rows: int = 72,
+    n_embd: int = 32,
+    gain: float = 6.0,
+    head_scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    eos_token_id: int | None = None,
+) -> LoadedModel:
+    """Random weights, `gain` times as large as at the start of training, so that what a token
+    follows from shows in its logits. The head is its own: a tied one would make most networks
+    repeat the last token for ever."""
+    torch.manual_seed(seed)
+    model = GPT(
+        GPTConfig(block_size=context, vocab_size=vocab_rows, n_layer=2, n_head=2, n_embd=n_embd)
+    )
+    model.init_weights()
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.dim() == 2:
+                param.mul_(gain)
+    model.lm_head.weight = nn.Parameter(torch.randn(vocab_rows, n_embd) * head_scale)
+    model = model.to(dtype).eval().requires_grad_(False)
+    return LoadedModel(model, model_info(context, eos_token_id))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many for torch. Networks this small gain nothing from a second one, and lose much on a
+    busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(VOCAB_SIZE) for _ in range(length)]
 
 
 class FakeRunner:

@@ -1,8 +1,6 @@
 """Paged attention: every backend against a plain reference, and the C++ kernel bit for bit."""
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -33,6 +31,7 @@ from tests.attention_cases import (
     chunked,
     paged,
 )
+from tests.engine_utils import threads
 
 CPU = torch.device("cpu")
 NAN = float("nan")  # in slots that nobody has written
@@ -41,16 +40,6 @@ needs_kernels = pytest.mark.skipif(not load_kernels(), reason="the C++ kernels a
 EXACT = [TiledBackend(), pytest.param(CPUBackend(), marks=needs_kernels)]
 BACKENDS = [TorchBackend(), *EXACT]
 few = settings(max_examples=15, deadline=None)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda b: b.name)

@@ -4,10 +4,10 @@ On a CPU a decoder's step is the plain function that a GPU records as a graph.
 """
 
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -17,42 +17,23 @@ from nanogpt.engine.decode import Decoder, choose, power_buckets
 from nanogpt.engine.engine import Engine
 from nanogpt.engine.sampler import NO_TOKEN
 from nanogpt.errors import EngineError
-from nanogpt.model.gpt import GPT, GPTConfig
-from nanogpt.registry import ModelInfo
+from nanogpt.model.load import LoadedModel
 from nanogpt.request import GenerateRequest, TokenEvent
-from tests.engine_utils import VOCAB_SIZE, Collector, model_info, request, run_all
+from tests.engine_utils import VOCAB_SIZE, Collector, prompt_of, request, run_all, tiny_gpt
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONTEXT = 128
 
 
-@dataclass
-class Loaded:
-    model: GPT
-    info: ModelInfo
-
-
 @pytest.fixture(scope="module")
-def loaded() -> Loaded:
-    torch.manual_seed(7)
-    model = GPT(GPTConfig(block_size=CONTEXT, vocab_size=72, n_layer=2, n_head=2, n_embd=32))
-    model.init_weights()
-    with torch.no_grad():
-        for param in model.parameters():
-            if param.dim() == 2:
-                param.mul_(6)
-    # A tied head would make most networks repeat the last token for ever.
-    model.lm_head.weight = torch.nn.Parameter(torch.randn(72, 32))
-    return Loaded(model.eval(), model_info(CONTEXT, eos_token_id=3))
+def loaded() -> LoadedModel:
+    return tiny_gpt(CONTEXT, eos_token_id=3)
 
 
 @pytest.fixture(autouse=True)
-def plain_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread, and torch's sampler, which is the one that decoders have."""
+def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's sampler, which is the one that decoders have."""
     monkeypatch.setattr("nanogpt.engine.sampler.load_kernels", lambda: False)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class LateDecoder(Decoder):
@@ -83,20 +64,29 @@ class LateDecoder(Decoder):
 
 @pytest.fixture(params=[Decoder, LateDecoder])
 def burst_of(
-    request: pytest.FixtureRequest, loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Engine]:
     monkeypatch.setattr(model_runner, "Decoder", request.param)
     return lambda **options: engine_of(loaded, **{"burst_steps": 8, **options})
 
 
-def engine_of(loaded: Loaded, **options: Any) -> Engine:
+def engine_of(loaded: LoadedModel, **options: Any) -> Engine:
     options = {"rank": 0, "num_kv_blocks": 128, "max_num_seqs": 32, **options}
-    return Engine(loaded, device="cpu", **options)  # type: ignore[arg-type]
+    return Engine(loaded, device="cpu", **options)
 
 
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(VOCAB_SIZE) for _ in range(length)]
+@pytest.fixture(scope="module")
+def by_single_steps(loaded: LoadedModel) -> Callable[..., Collector]:
+    """What requests get without bursts: computed once, however many tests ask."""
+    known: dict[bytes, Collector] = {}
+
+    def run(requests: list[GenerateRequest]) -> Collector:
+        key = msgspec.json.encode(requests)
+        if key not in known:
+            known[key] = run_all(engine_of(loaded), *requests)
+        return known[key]
+
+    return run
 
 
 def load_of(rng: random.Random, count: int = 12) -> list[GenerateRequest]:
@@ -139,14 +129,17 @@ def run_with_arrivals(
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.0}, {"temperature": 0.6}])
 @pytest.mark.parametrize("steps", [1, 2, 8])
 def test_bursts_give_what_single_steps_give(
-    burst_of: Callable[..., Engine], loaded: Loaded, params: dict[str, Any], steps: int
+    burst_of: Callable[..., Engine],
+    by_single_steps: Callable[..., Collector],
+    params: dict[str, Any],
+    steps: int,
 ) -> None:
     requests = [
         request("one", prompt_of(20), n=3, max_tokens=61, **params),
         request("two", prompt_of(9, 1), max_tokens=200, ignore_eos=True, **params),
         request("three", prompt_of(1, 2), n=2, max_tokens=1, **params),
     ]
-    single = run_all(engine_of(loaded), *requests)
+    single = by_single_steps(requests)
     bursts = run_all(burst_of(burst_steps=steps), *requests)
     assert bursts.tokens == single.tokens
     assert bursts.finish_reasons == single.finish_reasons
@@ -155,12 +148,12 @@ def test_bursts_give_what_single_steps_give(
 
 
 def test_arrivals_aborts_and_preemption_change_nothing(
-    burst_of: Callable[..., Engine], loaded: Loaded
+    burst_of: Callable[..., Engine], by_single_steps: Callable[..., Collector]
 ) -> None:
     preemptions = 0
     for seed in range(4):
         requests = load_of(random.Random(seed))
-        expected = run_all(engine_of(loaded), *requests)
+        expected = by_single_steps(requests)
         for every, options in ((1, {"num_kv_blocks": 14}), (3, {"max_batch_tokens": 37}), (11, {})):
             engine = burst_of(**options)
             aborts = {7: "load0", 16: "load3", 29: "load7"}
@@ -179,7 +172,7 @@ def test_arrivals_aborts_and_preemption_change_nothing(
     assert preemptions > 0
 
 
-def test_a_burst_is_one_event_for_each_choice(loaded: Loaded) -> None:
+def test_a_burst_is_one_event_for_each_choice(loaded: LoadedModel) -> None:
     engine = engine_of(loaded, burst_steps=4, max_num_seqs=64, num_kv_blocks=256)
     engine.add(request("r", prompt_of(20), n=64, max_tokens=14, ignore_eos=True))
     sizes = []
@@ -193,7 +186,7 @@ def test_a_burst_is_one_event_for_each_choice(loaded: Loaded) -> None:
 
 
 def test_the_next_burst_is_under_way_before_the_last_is_looked_at(
-    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
 
@@ -216,7 +209,7 @@ def test_the_next_burst_is_under_way_before_the_last_is_looked_at(
     assert calls[5:] == ["wait"]  # nothing blindly while somebody waits
 
 
-def test_blocks_filled_in_a_burst_are_found_again(loaded: Loaded) -> None:
+def test_blocks_filled_in_a_burst_are_found_again(loaded: LoadedModel) -> None:
     engines = [engine_of(loaded), engine_of(loaded, burst_steps=8)]
     hits = []
     for engine in engines:
@@ -228,7 +221,7 @@ def test_blocks_filled_in_a_burst_are_found_again(loaded: Loaded) -> None:
     assert hits[0][0] == 64
 
 
-def test_tokens_after_a_stop_are_thrown_away(loaded: Loaded) -> None:
+def test_tokens_after_a_stop_are_thrown_away(loaded: LoadedModel) -> None:
     plain = run_all(engine_of(loaded), request("r", prompt_of(20), max_tokens=40, ignore_eos=True))
     tokens = plain.tokens["r", 0]
     stop = next(token for token in tokens[5:] if token not in tokens[:5])
@@ -245,7 +238,7 @@ def test_tokens_after_a_stop_are_thrown_away(loaded: Loaded) -> None:
 
 
 def test_logits_that_are_not_finite_fail_their_request_only(
-    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = request("good", prompt_of(20), max_tokens=20, ignore_eos=True)
     expected = run_all(engine_of(loaded), good).tokens
@@ -294,7 +287,7 @@ def test_an_id_used_again_does_not_get_the_old_tokens(burst_of: Callable[..., En
 
 
 def test_a_failing_device_is_an_engine_error(
-    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_of(loaded, burst_steps=4)
     engine.add(request("r", max_tokens=30, ignore_eos=True))

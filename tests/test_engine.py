@@ -1,8 +1,6 @@
 """The engine with a tiny network: what is cached, shared or batched must not show in answers."""
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,47 +10,23 @@ from nanogpt.engine.attention import select_backend
 from nanogpt.engine.engine import Engine
 from nanogpt.engine.kv_cache import blocks_per_context
 from nanogpt.errors import EngineError
-from nanogpt.model.gpt import GPT, CausalAttend, GPTConfig
-from nanogpt.registry import ModelInfo
+from nanogpt.model.gpt import CausalAttend
+from nanogpt.model.load import LoadedModel
 from nanogpt.request import GenerateRequest, PromptScored, RequestFailed, TokenEvent
-from tests.engine_utils import VOCAB_SIZE, Collector, model_info, request, run_all
+from tests.engine_utils import VOCAB_SIZE, Collector, prompt_of, request, run_all, tiny_gpt
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONTEXT = 128
 
 
-@dataclass
-class Loaded:
-    model: GPT
-    info: ModelInfo
-
-
 @pytest.fixture(scope="module")
-def loaded() -> Loaded:
-    """Random weights, large enough that what a token follows from shows in its logits."""
-    torch.manual_seed(7)
-    model = GPT(GPTConfig(block_size=CONTEXT, vocab_size=72, n_layer=2, n_head=2, n_embd=32))
-    model.init_weights()
-    with torch.no_grad():
-        for param in model.parameters():
-            if param.dim() == 2:
-                param.mul_(6)
-    # A tied head would make most networks repeat the last token for ever.
-    model.lm_head.weight = torch.nn.Parameter(torch.randn(72, 32))
-    return Loaded(model.eval(), model_info(CONTEXT))
+def loaded() -> LoadedModel:
+    return tiny_gpt(CONTEXT)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Networks this small gain nothing from a second one, and lose much on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def engine_of(loaded: Loaded, **options: Any) -> Engine:
+def engine_of(loaded: LoadedModel, **options: Any) -> Engine:
     options = {"rank": 0, "num_kv_blocks": 128, "max_num_seqs": 32, **options}
-    return Engine(loaded, device="cpu", **options)  # type: ignore[arg-type]
+    return Engine(loaded, device="cpu", **options)
 
 
 def has_row_invariant_kernels() -> bool:
@@ -60,19 +34,14 @@ def has_row_invariant_kernels() -> bool:
     return select_backend(torch.device("cpu"), torch.float32, 16).name == "cpu"
 
 
-def full_logits(loaded: Loaded, tokens: list[int]) -> torch.Tensor:
+def full_logits(loaded: LoadedModel, tokens: list[int]) -> torch.Tensor:
     """Logits (T, VOCAB_SIZE) without a cache."""
     with torch.inference_mode():
         return loaded.model(torch.tensor([tokens]), CausalAttend())[0, :, :VOCAB_SIZE]
 
 
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(VOCAB_SIZE) for _ in range(length)]
-
-
 @pytest.mark.parametrize("budget", [32, 1024])
-def test_cached_decoding_equals_the_full_forward_pass(loaded: Loaded, budget: int) -> None:
+def test_cached_decoding_equals_the_full_forward_pass(loaded: LoadedModel, budget: int) -> None:
     tokens = prompt_of(60)
     result = run_all(
         engine_of(loaded, max_batch_tokens=budget),
@@ -107,7 +76,9 @@ def load_of(rng: random.Random) -> list[GenerateRequest]:
 
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.0}, {"top_p": 0.8}])
-def test_a_choice_is_the_same_alone_and_under_load(loaded: Loaded, params: dict[str, Any]) -> None:
+def test_a_choice_is_the_same_alone_and_under_load(
+    loaded: LoadedModel, params: dict[str, Any]
+) -> None:
     subject = request("subject", prompt_of(50, 5), seed=77, max_tokens=60, logprobs=5, **params)
     alone = run_all(engine_of(loaded), subject)
     preemptions = 0
@@ -125,7 +96,7 @@ def test_a_choice_is_the_same_alone_and_under_load(loaded: Loaded, params: dict[
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_choices_do_not_depend_on_how_ranks_share_them(loaded: Loaded, ranks: int) -> None:
+def test_choices_do_not_depend_on_how_ranks_share_them(loaded: LoadedModel, ranks: int) -> None:
     prompts = [prompt_of(20, 1), prompt_of(9, 2)]
     whole = run_all(engine_of(loaded), request("r", *prompts, n=8, max_tokens=20)).tokens
     owners = tuple(index % ranks for index in range(16))
@@ -141,7 +112,7 @@ def test_choices_do_not_depend_on_how_ranks_share_them(loaded: Loaded, ranks: in
     assert len({tuple(tokens) for tokens in whole.values()}) > 8
 
 
-def test_a_restart_changes_nothing(loaded: Loaded) -> None:
+def test_a_restart_changes_nothing(loaded: LoadedModel) -> None:
     """Stop after any number of steps, hand prompt and tokens so far to a new engine, go on."""
     req = request("r", prompt_of(30), n=3, max_tokens=20, presence_penalty=0.4, seed=3)
     whole = run_all(engine_of(loaded), req).tokens
@@ -158,7 +129,7 @@ def test_a_restart_changes_nothing(loaded: Loaded) -> None:
 
 
 @pytest.mark.parametrize("length", [2, 3, 64, 65, 66, 128])
-def test_prompt_scores_equal_the_full_forward_pass(loaded: Loaded, length: int) -> None:
+def test_prompt_scores_equal_the_full_forward_pass(loaded: LoadedModel, length: int) -> None:
     prompt = prompt_of(length)
     result = run_all(
         engine_of(loaded, max_batch_tokens=50),
@@ -176,7 +147,7 @@ def test_prompt_scores_equal_the_full_forward_pass(loaded: Loaded, length: int) 
     assert result.finish_reasons["r", 0] == "length"
 
 
-def test_the_token_that_ends_a_choice_has_its_log_probability(loaded: Loaded) -> None:
+def test_the_token_that_ends_a_choice_has_its_log_probability(loaded: LoadedModel) -> None:
     """A scoring client counts on a value for every sampled token."""
     prompt = prompt_of(10)
     end = int(full_logits(loaded, prompt)[-1].argmax())
@@ -192,7 +163,7 @@ def test_the_token_that_ends_a_choice_has_its_log_probability(loaded: Loaded) ->
 
 
 def test_a_network_that_fails_is_an_engine_error(
-    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("out of memory")
@@ -204,7 +175,7 @@ def test_a_network_that_fails_is_an_engine_error(
         engine.step()
 
 
-def test_events_of_one_step(loaded: Loaded) -> None:
+def test_events_of_one_step(loaded: LoadedModel) -> None:
     """One token event for each running choice; scores first."""
     engine = engine_of(loaded)
     engine.add(request("a", prompt_of(5), n=3, max_tokens=2, prompt_logprobs=True))
@@ -218,7 +189,7 @@ def test_events_of_one_step(loaded: Loaded) -> None:
     assert engine.step() == []
 
 
-def test_one_choice_does_not_wait_for_another_tenants_64(loaded: Loaded) -> None:
+def test_one_choice_does_not_wait_for_another_tenants_64(loaded: LoadedModel) -> None:
     engine, collector = engine_of(loaded, num_kv_blocks=96), Collector()
     many = request("many", prompt_of(20), n=64, max_tokens=80, tenant="a")
     one = request("one", prompt_of(20, 1), max_tokens=30, tenant="b")
@@ -242,7 +213,7 @@ def test_one_choice_does_not_wait_for_another_tenants_64(loaded: Loaded) -> None
             assert {key: collector.tokens[key] for key in alone} == alone
 
 
-def test_a_duplicate_id_fails_both(loaded: Loaded) -> None:
+def test_a_duplicate_id_fails_both(loaded: LoadedModel) -> None:
     engine = engine_of(loaded)
     engine.add(request("r"))
     engine.add(request("r"))
@@ -251,7 +222,7 @@ def test_a_duplicate_id_fails_both(loaded: Loaded) -> None:
     assert not engine.has_work
 
 
-def test_abort_all_and_warm_up_leave_an_idle_engine(loaded: Loaded) -> None:
+def test_abort_all_and_warm_up_leave_an_idle_engine(loaded: LoadedModel) -> None:
     engine = engine_of(loaded)
     engine.warm_up()
     engine.add(request("a", prompt_of(30), n=4, max_tokens=50))

@@ -5,7 +5,6 @@ everything but processes. Bitwise, so log probabilities are compared as floats.
 """
 
 import random
-from collections.abc import Iterator
 
 import msgspec
 import pytest
@@ -17,47 +16,28 @@ from nanogpt.cluster.handle import RequestHandle
 from nanogpt.cluster.intake import Place
 from nanogpt.cluster.placement import Placement
 from nanogpt.engine.engine import Engine
-from nanogpt.model.gpt import GPT, GPTConfig
+from nanogpt.model.load import LoadedModel
 from nanogpt.request import GenerateRequest, TokenEvent
-from tests.engine_utils import VOCAB_SIZE, Collector, model_info, request, run_all
-from tests.test_engine import Loaded, has_row_invariant_kernels
+from tests.engine_utils import VOCAB_SIZE, Collector, request, run_all, tiny_gpt
+from tests.test_engine import has_row_invariant_kernels
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONTEXT = 96
 SHARED = [random.Random(99).randrange(VOCAB_SIZE) for _ in range(40)]  # prompts begin like this
 BLOCK = 16
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def load(dtype: torch.dtype) -> Loaded:
-    torch.manual_seed(11)
-    model = GPT(GPTConfig(block_size=CONTEXT, vocab_size=72, n_layer=2, n_head=2, n_embd=32))
-    model.init_weights()
-    with torch.no_grad():
-        for param in model.parameters():
-            if param.dim() == 2:
-                param.mul_(6)
-    model.lm_head.weight = torch.nn.Parameter(torch.randn(72, 32))
-    return Loaded(model.to(dtype).eval(), model_info(CONTEXT))
-
-
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def loaded(request) -> Loaded:
-    return load(request.param)
+def loaded(request) -> LoadedModel:
+    return tiny_gpt(CONTEXT, seed=11, dtype=request.param)
 
 
 class Cluster:
     """Ranks as engines, and the front end's side of them."""
 
-    def __init__(self, loaded: Loaded, ranks: int, *, num_kv_blocks: int, budget: int) -> None:
+    def __init__(self, loaded: LoadedModel, ranks: int, *, num_kv_blocks: int, budget: int) -> None:
         self._make = lambda rank: Engine(
-            loaded,  # type: ignore[arg-type]
+            loaded,
             rank=rank,
             device="cpu",
             num_kv_blocks=num_kv_blocks,
@@ -145,7 +125,7 @@ def loads(draw) -> list[GenerateRequest]:
     return found
 
 
-def alone(loaded: Loaded, req: GenerateRequest) -> Collector:
+def alone(loaded: LoadedModel, req: GenerateRequest) -> Collector:
     """The request by itself, with all the memory and no other rank."""
     engine = Engine(
         loaded,  # type: ignore[arg-type]

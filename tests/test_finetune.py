@@ -63,10 +63,9 @@ def run(tmp_path, source, **changes):
     train.main(["--config", str(RECIPE), "--out", str(tmp_path / "out"), *settings])
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_end_to_end(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("tiktoken.get_encoding", lambda name: pytest.fail("a download"))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     (tmp_path / "text.txt").write_text(TEXT)
     where = ["--input", str(tmp_path / "text.txt"), "--out", str(tmp_path / "data")]
     prepare.main(["bpe", "--tokenizer-of", str(source), *where])
@@ -101,7 +100,6 @@ def test_end_to_end(source, tmp_path, monkeypatch, capsys):
     engine = Engine(wide, rank=0, device="cpu", num_kv_blocks=16, block_size=4)
     result = run_all(engine, request("r", ids, temperature=0.0, max_tokens=5))
     assert len(result.tokens["r", 0]) == 5
-    torch.set_num_threads(before)
 
 
 def _loss(loaded, tmp_path):

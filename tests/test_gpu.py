@@ -5,7 +5,6 @@ The kernels themselves are in test_triton.py, which compiles them where there is
 
 import copy
 import random
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -19,11 +18,11 @@ from nanogpt.engine.decode import choose
 from nanogpt.engine.engine import Engine
 from nanogpt.engine.inverse_cdf import padded_width
 from nanogpt.engine.model_runner import ModelRunner
-from nanogpt.model.gpt import GPT, CausalAttend, GPTConfig
-from nanogpt.registry import ModelInfo
+from nanogpt.model.gpt import CausalAttend
+from nanogpt.model.load import LoadedModel
 from nanogpt.request import GenerateRequest
 from tests.attention_cases import Text, assert_is_attention, attend_all, chunked, paged
-from tests.engine_utils import VOCAB_SIZE, Collector, model_info, request, run_all
+from tests.engine_utils import VOCAB_SIZE, Collector, prompt_of, request, run_all, tiny_gpt
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,39 +49,19 @@ DTYPES = [
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 2e-1}
 
 
-@dataclass
-class Loaded:
-    model: GPT
-    info: ModelInfo
-
-
 @pytest.fixture(scope="module")
-def reference() -> Loaded:
+def reference() -> LoadedModel:
     """In float32, on the CPU."""
-    torch.manual_seed(7)
-    model = GPT(GPTConfig(block_size=CONTEXT, vocab_size=72, n_layer=2, n_head=2, n_embd=128))
-    model.init_weights()
-    with torch.no_grad():
-        for param in model.parameters():
-            if param.dim() == 2:
-                param.mul_(4)
-    # A tied head would make most networks repeat the last token for ever.
-    model.lm_head.weight = nn.Parameter(torch.randn(72, 128) / 4)
-    return Loaded(model.eval().requires_grad_(False), model_info(CONTEXT))
+    return tiny_gpt(CONTEXT, n_embd=128, gain=4.0, head_scale=1 / 4)
 
 
-def on_gpu(reference: Loaded, dtype: torch.dtype) -> Loaded:
-    return Loaded(copy.deepcopy(reference.model).to(CUDA, dtype), reference.info)
+def on_gpu(reference: LoadedModel, dtype: torch.dtype) -> LoadedModel:
+    return LoadedModel(copy.deepcopy(reference.model).to(CUDA, dtype), reference.info)
 
 
-def engine_of(reference: Loaded, dtype: torch.dtype, **options: Any) -> Engine:
+def engine_of(reference: LoadedModel, dtype: torch.dtype, **options: Any) -> Engine:
     options = {"rank": 0, "num_kv_blocks": 256, "max_num_seqs": 32, "burst_steps": 8, **options}
-    return Engine(on_gpu(reference, dtype), device=CUDA, **options)  # type: ignore[arg-type]
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(VOCAB_SIZE) for _ in range(length)]
+    return Engine(on_gpu(reference, dtype), device=CUDA, **options)
 
 
 def load_of(rng: random.Random) -> list[GenerateRequest]:
@@ -104,7 +83,7 @@ def load_of(rng: random.Random) -> list[GenerateRequest]:
 @pytest.mark.parametrize("block_size", [16, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_log_probabilities_are_those_of_float32_on_the_cpu(
-    reference: Loaded, dtype: torch.dtype, block_size: int
+    reference: LoadedModel, dtype: torch.dtype, block_size: int
 ) -> None:
     """Prefill in chunks, then decode; 256 is where FlashAttention may be chosen."""
     engine = engine_of(reference, dtype, block_size=block_size, max_batch_tokens=50)
@@ -137,7 +116,7 @@ def test_plain_torch_attention(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_recorded_step_gives_the_bits_of_a_plain_one(
-    reference: Loaded, dtype: torch.dtype, deterministic: bool
+    reference: LoadedModel, dtype: torch.dtype, deterministic: bool
 ) -> None:
     """The same kernels on the same shapes."""
     prompt = prompt_of(40)
@@ -154,7 +133,7 @@ def test_a_recorded_step_gives_the_bits_of_a_plain_one(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_deterministic_is_the_same_to_the_bit_whatever_else_runs(
-    reference: Loaded, dtype: torch.dtype
+    reference: LoadedModel, dtype: torch.dtype
 ) -> None:
     """Alone or under load, in bursts or single steps, prefilled in any chunks, preempted or not."""
     subject = request("subject", prompt_of(70, 5), seed=77, max_tokens=100, logprobs=3)
@@ -185,7 +164,7 @@ def test_products_of_a_fixed_number_of_rows_do_not_depend_on_the_batch(
     assert linear.rows_are_independent(tiled)
 
 
-def test_arrivals_and_aborts_in_the_middle_of_bursts(reference: Loaded) -> None:
+def test_arrivals_and_aborts_in_the_middle_of_bursts(reference: LoadedModel) -> None:
     requests = load_of(random.Random(9))
     expected = run_all(engine_of(reference, torch.float32, deterministic=True), *requests).tokens
     engine, collector = engine_of(reference, torch.float32, deterministic=True), Collector()
@@ -239,7 +218,7 @@ def test_logits_are_float32(dtype: torch.dtype) -> None:
     torch.testing.assert_close(logits.double(), x.double() @ weight.double().T, rtol=0, atol=1e-3)
 
 
-def test_memory_is_planned_so_that_the_largest_step_fits(reference: Loaded) -> None:
+def test_memory_is_planned_so_that_the_largest_step_fits(reference: LoadedModel) -> None:
     loaded: Any = on_gpu(reference, torch.float16)
     limits = memory.Limits(64, 2048, 16, deterministic=False)
     before = torch.cuda.memory_allocated()

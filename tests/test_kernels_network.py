@@ -14,6 +14,7 @@ from nanogpt.engine.cpu.library import load_kernels
 from nanogpt.engine.cpu.linear import pack_model
 from nanogpt.engine.cpu.network import FusedHidden
 from nanogpt.model.gpt import GPT, CausalAttend
+from tests.engine_utils import threads
 from tests.small_gpt import small_gpt
 
 pytestmark = pytest.mark.skipif(not load_kernels(), reason="the C++ kernels are not built")
@@ -100,14 +101,10 @@ def test_fused_is_layer_by_layer_is_the_definition(
 def test_threads_do_not_matter() -> None:
     model = packed(torch.bfloat16)
     texts = [torch.randint(65, (length,)) for length in (3, 50, 100)]
-    before = torch.get_num_threads()
-    try:
-        answers = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
+    answers = []
+    for count in (1, 2, 3):
+        with threads(count):
             answers.append(torch.cat(hidden_in_chunks(model, texts, random.Random(1))))
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(answers[0], answers[1])
     assert torch.equal(answers[0], answers[2])
 

@@ -12,6 +12,7 @@ from nanogpt.engine.cpu.onednn import (
     padded_rows,
     rows_are_independent,
 )
+from tests.engine_utils import threads
 
 needs_onednn = pytest.mark.skipif(
     not has_products(torch.float32), reason="this CPU has no packed products"
@@ -55,17 +56,13 @@ def test_a_row_is_the_same_to_the_bit_among_any_others(inputs: int, outputs: int
     torch.manual_seed(2)
     linear = OneDNNLinear(nn.Linear(inputs, outputs), "tanh")
     x = torch.randn(300, inputs)
-    before = torch.get_num_threads()
     expected = linear(x)
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
+    for count in (1, 2):
+        with threads(count):
             for rows in (1, 2, 3, 8, 9, 16, 31, 63, 65, 100, 300):
                 first = (7 * rows) % (301 - rows)
                 ours = linear(x[first : first + rows])
-                assert torch.equal(ours, expected[first : first + rows]), (threads, rows)
-    finally:
-        torch.set_num_threads(before)
+                assert torch.equal(ours, expected[first : first + rows]), (count, rows)
 
 
 def test_dependence_on_the_batch_is_noticed() -> None:

@@ -1,7 +1,6 @@
 """past_context: nanoGPT's sliding crop against its definition, and stopping with the context."""
 
 import random
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -17,8 +16,8 @@ from nanogpt.engine.logit_rules import _counts
 from nanogpt.engine.sequence import Sequence
 from nanogpt.engine.uniforms import uniforms
 from nanogpt.errors import ContextLengthExceeded, InvalidRequest
-from nanogpt.model.gpt import GPT, CausalAttend, GPTConfig
-from nanogpt.registry import ModelInfo
+from nanogpt.model.gpt import GPT, CausalAttend
+from nanogpt.model.load import LoadedModel
 from nanogpt.request import GenerateRequest
 from tests.engine_utils import (
     VOCAB_SIZE,
@@ -26,46 +25,24 @@ from tests.engine_utils import (
     fake_engine,
     fake_output,
     fake_token,
-    model_info,
+    prompt_of,
     request,
     run_all,
+    tiny_gpt,
 )
 from tests.fake_cluster import INFO, ByteTokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONTEXT = 32
 
 
-@dataclass
-class Loaded:
-    model: GPT
-    info: ModelInfo
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
-def loaded() -> Loaded:
+def loaded() -> LoadedModel:
     """Fresh for each test, since an engine packs it: a token depends on all of its context."""
-    torch.manual_seed(7)
-    model = GPT(
-        GPTConfig(block_size=CONTEXT, vocab_size=VOCAB_SIZE, n_layer=2, n_head=2, n_embd=32)
-    )
-    model.init_weights()
-    with torch.no_grad():
-        for param in model.parameters():
-            if param.dim() == 2:
-                param.mul_(6)
-    model.lm_head.weight = torch.nn.Parameter(torch.randn(VOCAB_SIZE, 32))
-    return Loaded(model.eval(), model_info(CONTEXT))
+    return tiny_gpt(CONTEXT, vocab_rows=VOCAB_SIZE)
 
 
-def engine_of(loaded: Loaded, **options: Any) -> Engine:
+def engine_of(loaded: LoadedModel, **options: Any) -> Engine:
     options = {"rank": 0, "num_kv_blocks": 64, "block_size": 4, "max_num_seqs": 32, **options}
     return Engine(loaded, device="cpu", **options)
 
@@ -86,14 +63,9 @@ def generate(model: GPT, req: GenerateRequest, index: int) -> list[int]:
     return tokens[len(req.prompts[prompt_i]) :]
 
 
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(VOCAB_SIZE) for _ in range(length)]
-
-
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("length", [1, 20, CONTEXT - 1, CONTEXT, CONTEXT + 1, 100])
-def test_equals_the_plain_definition(loaded: Loaded, temperature: float, length: int) -> None:
+def test_equals_the_plain_definition(loaded: LoadedModel, temperature: float, length: int) -> None:
     req = request(
         "r", prompt_of(length), n=2, max_tokens=90, temperature=temperature, crop=True, seed=length
     )
@@ -167,7 +139,7 @@ def test_work_counts_for_fairness() -> None:
 
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.0}, {"presence_penalty": 0.7}])
-def test_the_same_alone_and_under_load(loaded: Loaded, params: dict[str, Any]) -> None:
+def test_the_same_alone_and_under_load(loaded: LoadedModel, params: dict[str, Any]) -> None:
     subject = request(
         "s", prompt_of(20, 5), seed=77, max_tokens=60, crop=True, logprobs=5, **params
     )
@@ -184,7 +156,7 @@ def test_the_same_alone_and_under_load(loaded: Loaded, params: dict[str, Any]) -
         assert busy.logprobs["s", 0] == alone.logprobs["s", 0]
 
 
-def test_a_restart_changes_nothing(loaded: Loaded) -> None:
+def test_a_restart_changes_nothing(loaded: LoadedModel) -> None:
     """Before and after sliding; penalties look at all of the output, also what has slid out."""
     penalties = {"presence_penalty": 0.4, "frequency_penalty": 0.3, "repetition_penalty": 1.2}
     fields: dict[str, Any] = {"n": 2, "max_tokens": 70, "seed": 3, "crop": True, **penalties}

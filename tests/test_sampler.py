@@ -18,7 +18,7 @@ from nanogpt.engine.sampler import NO_TOKEN, Sampler, argmax
 from nanogpt.engine.sequence import Sequence
 from nanogpt.engine.token_counts import TokenCounts
 from nanogpt.engine.uniforms import stream_key, uniforms
-from tests.engine_utils import request
+from tests.engine_utils import request, threads
 
 CONTEXT = 1024
 ROWS, SIZE = 300, 290  # rows of the matrix, tokens among them
@@ -570,14 +570,12 @@ def random_sequence(rng: random.Random) -> Sequence:
 
 @pytest.mark.usefixtures("both")
 @pytest.mark.parametrize("rows", [300, 2560])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_row_does_not_depend_on_the_others(rows: int, threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+@pytest.mark.parametrize("count_of_threads", [1, 2])
+def test_a_row_does_not_depend_on_the_others(rows: int, count_of_threads: int) -> None:
+    with threads(count_of_threads):
         rng = random.Random(rows)
         subject = sampler(rows - 10)
-        for trial in range(15 if threads == 1 else 4):
+        for trial in range(15 if count_of_threads == 1 else 4):
             count = rng.randint(2, 24)
             logits = logits_of(count, trial, rows).bfloat16().float()  # with many equal values
             seqs = [random_sequence(rng) for _ in range(count)]
@@ -585,8 +583,6 @@ def test_a_row_does_not_depend_on_the_others(rows: int, threads: int) -> None:
             for row in range(count):
                 single = subject.sample(logits[row : row + 1].clone(), seqs[row : row + 1])
                 assert single == ([together[0][row]], [together[1][row]])
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("both")
