@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from nanogpt import process
 from nanogpt.cluster import respawn
-from nanogpt.cluster.broadcast import Broadcast
+from nanogpt.cluster.broadcast import Broadcast, PeerLost
 from nanogpt.cluster.departure import SETTLE_S, Departure
 from nanogpt.cluster.process_group import Group, join_generation
 from nanogpt.errors import StartupError
@@ -224,6 +224,21 @@ def test_a_group_has_one_set_of_weights():
         groups[2].agree({"a": "1"}, "kernels")
     with pytest.raises(StartupError, match=r"rank 2 .* computes with torch, rank 0 with kernels"):
         groups[2].agree({"a": "1", "b": "2"}, "torch")
+
+
+def test_a_rank_that_waits_for_the_models_of_a_dead_one_moves_on():
+    """It waited for ever, and its successor for it: found by the chaos command, with a second kill
+    while the ranks were loading after the first."""
+    store = Locked()
+    generation = store.add("generation", 1)
+    waiting = Group(Ranks(1, 2, 1, 2, 0, "", 0), Broadcast(0, 1, None), store, generation)
+    with ThreadPoolExecutor(1) as pool:
+        agreed = pool.submit(waiting.agree, {"a": "1"}, "kernels")
+        time.sleep(0.1)
+        assert not agreed.done()
+        store.add("generation", 1)  # as the process does that takes the dead one's place
+        with pytest.raises(PeerLost):
+            agreed.result(10)
 
 
 # SIGTERM under a bare torchrun

@@ -19,7 +19,6 @@ from nanogpt.ranks import Ranks
 log = logging.getLogger(__name__)
 
 STORE_TIMEOUT = timedelta(seconds=60)  # for the store to answer
-LOADING_TIMEOUT = timedelta(hours=1)  # for rank 0 to have its models
 CONNECT_TIMEOUT = timedelta(seconds=10)  # for ranks that are all there to connect to each other
 SOON_S, LATER_S = 0.005, 0.1  # between two looks at who is there, at first and after a while
 WATCH_EVERY_S = 1.0
@@ -27,24 +26,29 @@ WATCH_EVERY_S = 1.0
 
 class Group(NamedTuple):
     """The processes that work together. `ranks` are the numbers in it: nodes that are missing have
-    none. `store` is None when the process is alone in the world."""
+    none. `store` is None when the process is alone in the world; `generation` see below."""
 
     ranks: Ranks
     broadcast: Broadcast
     store: dist.Store | None = None
+    generation: int = 0
 
     def agree(self, fingerprints: dict[str, str], arithmetic: str) -> None:
         """Raises StartupError when rank 0 has other models by the same name, or other names, or
         computes with other `arithmetic`, since a request must not get text of both; PeerLost when
-        it does not tell."""
+        it has gone before it told."""
         if self.store is None:
             return
+        key = f"models {self.generation}"
         try:
             if self.ranks.rank == 0:
-                self.store.set("models", json.dumps([arithmetic, fingerprints]))
+                self.store.set(key, json.dumps([arithmetic, fingerprints]))
                 return
-            self.store.wait(["models"], LOADING_TIMEOUT)
-            theirs, first = json.loads(self.store.get("models"))
+            while not self.store.check([key]):  # loading takes as long as it takes
+                if self.store.add("generation", 0) != self.generation:
+                    raise PeerLost("another rank is gone: it has been replaced")
+                time.sleep(SOON_S)
+            theirs, first = json.loads(self.store.get(key))
         except RuntimeError as error:
             raise PeerLost(f"rank 0 did not tell of its models: {error}") from error
         if arithmetic != theirs:
@@ -88,7 +92,7 @@ def _connect(ranks: Ranks, node_wait_s: float) -> Group:
     broadcast = _broadcast(ranks, prefix)
     if has_nodes:
         _leave_with_generation(_store(ranks), generation)
-    return Group(ranks, broadcast, prefix)
+    return Group(ranks, broadcast, store, generation)
 
 
 def _store(ranks: Ranks) -> dist.Store:
