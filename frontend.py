@@ -570,7 +570,8 @@ def main(argv: list[str]) -> int:
         if isinstance(store, RedisStore) and is_web:
             cluster = _remote(config, store)
         else:
-            cluster = residents = _local(config, run_dir, host)
+            local = _local(config, run_dir, host)
+            cluster, residents = local, local.orders
         directory = run_dir.path if config.queue.url else config.jobs.directory(config.port)
         return create_app(
             cluster,

@@ -14,7 +14,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection
-from concurrent.futures import Future
 from typing import NamedTuple
 
 from nanogpt.cluster.changes import Changes
@@ -35,11 +34,12 @@ from nanogpt.cluster.messages import (
     RankReady,
     Submit,
 )
+from nanogpt.cluster.orders import ModelOrders
 from nanogpt.cluster.residency import Admit, ModelStatus, Refuse, Residency
 from nanogpt.cluster.suspicion import Suspicion, is_suspect
 from nanogpt.cluster.transport import FrontEndSockets
 from nanogpt.cluster.watch import Watch
-from nanogpt.errors import Conflict, ModelNotFound, Unavailable, draining
+from nanogpt.errors import ModelNotFound, Unavailable, draining
 from nanogpt.registry import ModelInfo
 from nanogpt.request import EngineEvent, EngineStats, GenerateRequest
 from nanogpt.tokenizer import Tokenizer, load_tokenizer
@@ -53,7 +53,6 @@ COME_BACK_S = 10  # Retry-After, then
 
 POLL_MS = 500
 BUSY_POLL_MS = 20  # while the time decides about models
-ASK_S = 5.0  # for the I/O thread to answer an operator
 
 
 class ClusterStatus(NamedTuple):
@@ -99,6 +98,7 @@ class ClusterClient:
         self._hold = hold or Hold()
         self._residency = residency or Residency(wait_s=float("inf"))
         self._changes = Changes(self._residency, self._learn)
+        self.orders = ModelOrders(self._residency, self.models, self._call)
         self._save_models = save_models
         self._saved: tuple[list[str], list[str]] | None = None
         self._on_ready = on_ready
@@ -135,44 +135,7 @@ class ClusterClient:
 
     def model_states(self) -> dict[str, ModelStatus]:
         """The same models, as far as their memory is concerned."""
-        return {status.name: status for status in self._residency.status()}
-
-    def memory(self) -> tuple[int, int]:
-        """Bytes on each rank that models take, and that they may (0: there is no limit)."""
-        return self._residency.used, self._residency.budget
-
-    def load(self, model: str) -> None:
-        """Have a model loaded, as soon as there is room. Returns at once. This and the next three
-        raise ModelNotFound; Conflict when it can't be; Unavailable."""
-        self._order(model, self._residency.load)
-
-    def unload(self, model: str) -> None:
-        """Have a model unloaded, once what runs on it has finished."""
-        self._order(model, self._residency.unload)
-
-    def pin(self, model: str) -> None:
-        """Have a model loaded, and kept."""
-        self._order(model, self._residency.pin)
-
-    def unpin(self, model: str) -> None:
-        self._order(model, self._residency.unpin)
-
-    def _order(self, model: str, change: Callable[[str], str]) -> None:
-        """Have the I/O thread do it."""
-        done: Future[str | None] = Future()
-
-        def carry_out() -> None:
-            done.set_result(change(model) if model in self._models else None)
-
-        self._call(carry_out)
-        try:
-            problem = done.result(ASK_S)
-        except TimeoutError:
-            raise Unavailable("the front end is busy; try again", code="starting") from None
-        if problem is None:
-            raise ModelNotFound(f"the model {model!r} is not served here", param="model")
-        if problem:
-            raise Conflict(problem)
+        return self.orders.model_states()
 
     def tokenizer(self, model: str) -> Tokenizer:
         """Raises ModelNotFound."""
