@@ -83,7 +83,9 @@ class CompletionExecutor:
             check_still_allowed(self._admission, job.owner, user, job.id)
             return lease.cancelled
 
-        handle = _Keeper(self._cluster.submit(text.remaining(lease.job.fence)), lease, text)
+        handle = _Keeper(
+            self._cluster.submit(text.remaining(lease.job.fence), is_patient=True), lease, text
+        )
         try:
             generate(
                 text.plan,

@@ -128,7 +128,7 @@ class LineRunner:
     def _submit(self, plan: Plan, stopped: Callable[[], bool]) -> LiveHandle:
         while True:
             try:
-                return self._cluster.submit(plan.request)
+                return self._cluster.submit(plan.request, is_patient=True)
             except Unavailable:
                 if stopped():
                     raise Stopped from None
