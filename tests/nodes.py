@@ -56,6 +56,8 @@ def _namespaces(stack: contextlib.ExitStack, count: int) -> list[Node]:
             _ip("netns", "add", name)
             stack.callback(_ip, "netns", "del", name)
             _ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
+            # A namespace goes when its last connection has; its cable need not wait for that.
+            stack.callback(_ip, "link", "del", name)
             _ip("link", "set", name, "master", tag, "up")
             _ip("-n", name, "address", "add", f"{net}.{1 + i}/24", "dev", "eth0")
             _ip("-n", name, "link", "set", "eth0", "up")
