@@ -42,7 +42,7 @@ class Split:
         self.web.wait_for("^ready: ")
         for worker in self.workers:
             worker.wait_for("^ready: ")
-        self.client = self.web.client()
+        self.client = self.web.client(timeout=3 * WAIT_S)
         wait_for(lambda: self.is_ready())
 
     def _start(self, role: str, *options: str) -> Server:
