@@ -32,16 +32,17 @@ class Server:
         self,
         *options: str,
         environ: dict[str, str] | None = None,
-        host: str = "127.0.0.1",
+        host: str = "",
         port: int | None = None,
         within: tuple[str, ...] = (),
     ) -> None:
-        self.port, self._host = port or free_port(), host
+        self.port, self._host = port or free_port(), host or "127.0.0.1"
+        listen = ("--host", host) if host else ()
         self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
         self._jobs = tempfile.TemporaryDirectory(prefix="nanogpt-jobs-")
         self.process = subprocess.Popen(
             [
-                *(*within, str(ROOT / "launch.sh"), "--host", host, "--port", str(self.port)),
+                *(*within, str(ROOT / "launch.sh"), *listen, "--port", str(self.port)),
                 *("--device", "cpu", *options),
             ],
             cwd=tempfile.gettempdir(),
