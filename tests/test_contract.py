@@ -18,7 +18,9 @@ from nanogpt.api.jobs.batches import CreateBatch
 from nanogpt.api.openapi import OPERATIONS, document
 from nanogpt.api.operators import BanRequest, UnbanRequest
 from nanogpt.api.protocol import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from nanogpt.api.residents import NoBody
 from tests.app_utils import ADMIN_KEY, CLOSED, KEY, NAME, bearer
+from tests.fake_cluster import INFO
 from tests.jobs_utils import jobs_app
 
 TABLE = {
@@ -127,7 +129,7 @@ with_bodies = [o for o in OPERATIONS if o.body is not None]
 @pytest.mark.parametrize("operation", with_bodies, ids=lambda o: o.path)
 def test_any_body(client, operation, caplog):
     kinds = (CompletionRequest, TokenizeRequest, DetokenizeRequest, BanRequest, UnbanRequest)
-    assert operation.body in (*kinds, CreateBatch)
+    assert operation.body in (*kinds, CreateBatch, NoBody)
     seen = set()
 
     @settings(
@@ -139,7 +141,7 @@ def test_any_body(client, operation, caplog):
     def run(body, user):
         headers = {**bearer(ADMIN_KEY if operation.access == "admin" else KEY)}
         headers["Content-Type"] = "application/json"
-        names = {"user": user, "key": "team-b"}
+        names = {"user": user, "key": "team-b", "id": INFO.name}
         seen.add(check(client, operation, headers, body=body, names=names).status_code)
 
     run()
