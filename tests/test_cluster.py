@@ -482,6 +482,23 @@ def test_a_full_queue_loses_nothing_and_stops_generation(tmp_path, monkeypatch):
     sockets.close()
 
 
+def test_the_last_request_may_be_cancelled_between_two_steps(tmp_path):
+    """The rank had chosen whose turn it was among no engines, and died of it."""
+    sockets = FrontEndSockets(f"ipc://{tmp_path}/c", f"ipc://{tmp_path}/e")
+    engine, broadcast = CountingEngine(), Broadcast(0, 1, None)
+    loop = RankLoop(ALONE, {"toy": engine}, broadcast, None, 60.0)
+    loop._enter(sockets.welcome(1))
+    loop._submit(msgspec.structs.replace(request(), owners=(0,)))
+    loop.turn()
+    assert engine.steps == 1
+    broadcast.send(encode(Frame(1, (Cancel(1, "r1"),))))
+    loop.turn()
+    assert engine.steps == 1
+    loop._heart.stop()
+    loop._link.close()
+    sockets.close()
+
+
 class CountingEngine:
     """A token in each step, for ever."""
 
@@ -489,7 +506,9 @@ class CountingEngine:
         self.steps, self.has_work = 0, True
 
     def add(self, request) -> None: ...
-    def abort(self, request_id, index=None) -> None: ...
+    def abort(self, request_id, index=None) -> None:
+        self.has_work = False
+
     def abort_all(self) -> None: ...
     def stats(self) -> EngineStats:
         return EngineStats(model="toy")

@@ -147,7 +147,7 @@ def wait_until(condition, seconds=20.0) -> None:
 
 def test_a_client_that_leaves_cancels_its_work(deployment, any_client):
     wait_until(lambda: deployment.running() == 0)
-    stream = complete(any_client, n=64, max_tokens=240, stream=True)
+    stream = complete(any_client, n=8, max_tokens=200, stream=True)
     next(iter(stream))
     wait_until(lambda: deployment.running() > 0)
     stream.close()

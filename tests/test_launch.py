@@ -96,7 +96,7 @@ def test_ranks_whose_torchrun_knows_one_node_meet_at_the_endpoint():
 def test_the_interface_towards_an_address():
     assert network.interface_towards("127.0.0.1") == "lo"
     assert network.interface_towards("127.8.8.8") == "lo"
-    with pytest.raises(StartupError, match="no way to nowhere.invalid"):
+    with pytest.raises(StartupError, match=r"no way to nowhere\.invalid"):
         preflight.interface(ServeConfig(nnodes=2, rdzv_endpoint="nowhere.invalid:1"))
 
 

@@ -206,14 +206,16 @@ class RankLoop:
         engine.add(request)
 
     def _step(self) -> None:
+        """One step of one engine. None when the last of the work has just been cancelled."""
         if self._link and self._link.backlog > MAX_BACKLOG:
             time.sleep(IDLE_POLL_S)
             return
-        name = self._turns.choose([n for n, engine in self._engines.items() if engine.has_work])
-        started = time.monotonic()
-        self._send(self._engines[name].step())
+        if working := [n for n, engine in self._engines.items() if engine.has_work]:
+            name = self._turns.choose(working)
+            started = time.monotonic()
+            self._send(self._engines[name].step())
+            self._turns.charge(name, time.monotonic() - started)
         now = time.monotonic()
-        self._turns.charge(name, now - started)
         is_idle = not any(engine.has_work for engine in self._engines.values())
         if is_idle or now - self._stats_at >= STATS_S:
             self._publish_stats()
