@@ -128,12 +128,12 @@ def test_cancel_and_delete(any_client):
 def test_killed_with_everything_it_goes_on_to_the_same_text(client, tmp_path):
     """A background completion, and a stream under an Idempotency-Key, in the middle of a server
     of which every process is killed; the next one on the same jobs continues both."""
-    want = create(client, max_tokens=240, n=2)
+    want = create(client, max_tokens=240, n=16)  # seconds, so that the kill is in the middle
     environ = {"NANOGPT_JOBS_PATH": str(tmp_path / "jobs")}
     header = {"Idempotency-Key": "the-same"}
     with serving(environ=environ) as first:
         mine = first.client()
-        accepted = create(mine, max_tokens=240, n=2, background=True)
+        accepted = create(mine, max_tokens=240, n=16, background=True)
         unseeded = create(mine, max_tokens=240, seed=None, background=True)
         stream = iter(create(mine, max_tokens=240, stream=True, extra_headers=header))
         followed = iter(stream_of(mine, accepted.id))
@@ -146,7 +146,7 @@ def test_killed_with_everything_it_goes_on_to_the_same_text(client, tmp_path):
     with serving(environ=environ) as second:
         mine = second.client()
         rest = list(stream_of(mine, accepted.id, starting_after=seen[-1].sequence_number))
-        texts = {0: "", 1: ""}
+        texts = dict.fromkeys(range(16), "")
         for chunk in [*seen, *rest]:
             texts[chunk.choices[0].index] += chunk.choices[0].text
         assert texts == {c.index: c.text for c in want.choices}
