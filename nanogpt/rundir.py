@@ -24,6 +24,10 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.descriptions = path / "descriptions"  # see nanogpt/engine/descriptions.py
+        self._fatal, self._stopping = path / "fatal", path / "stopping"
+        self._reload, self._held = path / "reload", path / "held"
+        self._models = {"resident": path / "resident", "pinned": path / "pinned"}
         self._locks: list[int] = []
 
     @classmethod
@@ -66,10 +70,6 @@ class RunDir:
 
     # A fatal line: what makes another start pointless, such as weights that can't be read.
 
-    @property
-    def _fatal(self) -> Path:
-        return self.path / "fatal"
-
     def set_fatal(self, message: str) -> None:
         self._fatal.write_text(message)
 
@@ -81,10 +81,6 @@ class RunDir:
 
     # The stopping mark: an operator asked for the end, so nobody restarts anything.
 
-    @property
-    def _stopping(self) -> Path:
-        return self.path / "stopping"
-
     def set_stopping(self) -> None:
         self._stopping.touch()
 
@@ -93,36 +89,23 @@ class RunDir:
 
     # Models: what is in memory, and what operators pinned, for who takes a dead process's place.
 
-    @property
-    def descriptions(self) -> Path:
-        """Of models that were loaded once: see nanogpt/engine/descriptions.py."""
-        return self.path / "descriptions"
-
     def set_models(self, kind: Literal["resident", "pinned"], names: Sequence[str]) -> None:
         new = self.path / f"{kind}.new"
         new.write_text("\n".join(names))
-        new.replace(self.path / kind)
+        new.replace(self._models[kind])
 
     def models(self, kind: Literal["resident", "pinned"]) -> list[str] | None:
         """None: nobody has said yet."""
         try:
-            return (self.path / kind).read_text().splitlines()
+            return self._models[kind].read_text().splitlines()
         except FileNotFoundError:
             return None
 
     # A reload: the launcher asks for it, the front end answers when nothing runs any more.
 
-    @property
-    def _reload(self) -> Path:
-        return self.path / "reload"
-
-    @property
-    def _held(self) -> Path:
-        return self.path / "held"
-
     def ask_reload(self) -> None:
         self._held.unlink(missing_ok=True)
-        (self.path / "resident").unlink(missing_ok=True)  # the new configuration says it
+        self._models["resident"].unlink(missing_ok=True)  # the new configuration says it
         self._reload.touch()
 
     def is_reload_asked(self) -> bool:
@@ -140,7 +123,7 @@ class RunDir:
     def clear_marks(self) -> None:
         """Forget what an earlier run left."""
         marks = (self._fatal, self._stopping, self._reload, self._held)
-        for path in (*marks, self.path / "resident", self.path / "pinned"):
+        for path in (*marks, *self._models.values()):
             path.unlink(missing_ok=True)
 
     # Locks: held for as long as a process lives, whatever kills it.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from tests.server import free_port
+from nanogpt.network import free_port
 
 START_S = 60  # a busy machine may take long; a test never waits for this when all is well
 

@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -14,14 +13,10 @@ from pathlib import Path
 import openai
 import psutil
 
+from nanogpt.network import free_port
+
 ROOT = Path(__file__).resolve().parent.parent
 READY_S = 120  # a busy machine may take long; a test never waits for this when all is well
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Server:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nanogpt.jobs.store import Lane
-from tests.server import free_port
+from nanogpt.network import free_port
 
 START_S = 60  # a busy machine may take long; a test never waits for this when all is well
 ACCOUNT = "123456789012"

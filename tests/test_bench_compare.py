@@ -15,12 +15,13 @@ from nanogpt.bench.connection import Url
 from nanogpt.bench.contest import compare as contest
 from nanogpt.bench.entrants import entrants_of
 from nanogpt.bench.load import Round
-from nanogpt.bench.managed import ManagedServer, free_port
+from nanogpt.bench.managed import ManagedServer
 from nanogpt.bench.outcome import Outcome
 from nanogpt.bench.target import Target
 from nanogpt.bench.workload import Workload
 from nanogpt.config import PROJECT
 from nanogpt.errors import ConfigError, StartupError
+from nanogpt.network import free_port
 
 URL = Url.parse("http://127.0.0.1:1/v1")
 LOAD = Workload(name="w", requests=1, concurrency=1)

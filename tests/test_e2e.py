@@ -11,8 +11,9 @@ import openai
 import psutil
 import pytest
 
+from nanogpt.network import free_port
 from tests.deployments import Deployment
-from tests.server import ROOT, Server, free_port, serving
+from tests.server import ROOT, Server, serving
 
 MODEL = "shakespeare-char"
 PROMPT = "ROMEO:"

@@ -16,9 +16,10 @@ import openai
 import psutil
 import pytest
 
+from nanogpt.network import free_port
 from tests.deployments import Deployment
 from tests.poison.sitecustomize import EXIT_0, HANG, MARK, MEMORY, SEGMENTATION_FAULT
-from tests.server import ROOT, Server, free_port, serving
+from tests.server import ROOT, Server, serving
 from tests.test_e2e import complete, wait_until
 
 QUICK = {

@@ -13,7 +13,8 @@ import psutil
 import pytest
 from openai.types import Completion
 
-from tests.server import Server, free_port, serving
+from nanogpt.network import free_port
+from tests.server import Server, serving
 
 MODEL = "shakespeare-char"
 WAIT_S = 240  # a busy machine may take long; a test never waits for this when all is well

@@ -10,9 +10,9 @@ from nanogpt.errors import ConfigError
 from nanogpt.jobs.redis import RedisStore
 from nanogpt.jobs.redis_link import MaybeDone
 from nanogpt.jobs.store import Job, Lane, StoreUnavailable
+from nanogpt.network import free_port
 from tests import kill_jobs
 from tests.redis_server import redis_server
-from tests.server import free_port
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ from nanogpt.jobs import sqs as sqs_module
 from nanogpt.jobs.redis import RedisStore
 from nanogpt.jobs.sqs import SqsStore
 from nanogpt.jobs.store import Job, Lane, StoreUnavailable
+from nanogpt.network import free_port
 from tests.redis_server import redis_server
-from tests.server import ROOT, free_port
+from tests.server import ROOT
 from tests.sqs_server import ACCOUNT, CREDENTIALS, REGION, sqs_server
 
 LEASE_S = 30.0

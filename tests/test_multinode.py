@@ -16,8 +16,9 @@ import psutil
 import pytest
 import zmq
 
+from nanogpt.network import free_port
 from tests.nodes import Node, nodes
-from tests.server import Server, free_port
+from tests.server import Server
 from tests.test_e2e import complete, wait_until
 
 CHOICES = 4

@@ -13,7 +13,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.server import ROOT, Server, free_port
+from nanogpt.network import free_port
+from tests.server import ROOT, Server
 from tests.test_e2e import complete, wait_until
 
 CONFIGURATION = ROOT / "configs" / "deploy" / "nginx.conf"

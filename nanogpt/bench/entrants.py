@@ -4,8 +4,8 @@ import argparse
 
 import msgspec
 
-from nanogpt.bench.managed import free_port
 from nanogpt.errors import ConfigError
+from nanogpt.network import free_port
 
 
 class Entrant(msgspec.Struct):

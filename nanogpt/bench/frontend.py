@@ -15,12 +15,13 @@ from tqdm import tqdm
 
 from nanogpt.bench import output
 from nanogpt.bench.front_load import Streams, Whole, follow_streams, whole_answers
-from nanogpt.bench.managed import ManagedServer, free_port, stopping
+from nanogpt.bench.managed import ManagedServer, stopping
 from nanogpt.bench.options import COUNT, number
 from nanogpt.bench.stats import MS, Spread
 from nanogpt.bench.table import Cell, table
 from nanogpt.bench.target import Target, find_target
 from nanogpt.config import PROJECT
+from nanogpt.network import free_port
 
 T = TypeVar("T")
 START_S = 60.0

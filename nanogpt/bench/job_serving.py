@@ -16,12 +16,13 @@ from typing import Any
 import msgspec
 
 from nanogpt.bench.connection import request
-from nanogpt.bench.managed import ManagedServer, free_port, stopping
+from nanogpt.bench.managed import ManagedServer, stopping
 from nanogpt.bench.stats import MS, Rate, percentile
 from nanogpt.bench.target import Target, find_target
 from nanogpt.config import PROJECT
 from nanogpt.errors import StartupError
 from nanogpt.jobs_config import QueueConfig
+from nanogpt.network import free_port
 
 START_S = 180.0
 WARM_CALLS = 3
@@ -55,9 +56,7 @@ class Batches(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @contextlib.contextmanager
-def serving(
-    model: str, folder: Path, queue: QueueConfig | None, environ: Mapping[str, str]
-) -> Iterator[Target]:
+def serving(model: str, folder: Path, queue: QueueConfig | None) -> Iterator[Target]:
     """Our server, ready; with a queue its two parts. Raises StartupError."""
     options: list[str] = []
     if queue is not None:
@@ -73,7 +72,6 @@ def serving(
             own = folder / f"{role}-{port}"
             own.mkdir(mode=0o700)
             variables = {
-                **environ,
                 "NANOGPT_RUN_DIR": str(own),
                 "NANOGPT_ADMISSION_STATE": ":memory:",
                 "NANOGPT_JOBS_PATH": str(own / "jobs"),

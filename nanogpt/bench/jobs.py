@@ -110,7 +110,8 @@ def _backends(kinds: Sequence[str], folder: Path) -> Iterator[dict[str, QueueCon
     """What is there of the stores, by name; what is not is said."""
     found: dict[str, QueueConfig | None] = {}
     with contextlib.ExitStack() as stack:
-        os.environ.update({k: v for k, v in CREDENTIALS.items() if "sqs" in kinds})
+        if "sqs" in kinds:
+            os.environ.update(CREDENTIALS)
         for kind in kinds:
             try:
                 if kind == "sqlite":
@@ -143,11 +144,11 @@ def _calls(
     args: argparse.Namespace, folder: Path, queues: dict[str, QueueConfig | None]
 ) -> list[Calls]:
     found = []
-    with job_serving.serving(args.model, folder, None, {}) as local:
+    with job_serving.serving(args.model, folder, None) as local:
         for name, queue in queues.items():
             if queue is not None:
                 print(f"calls through {name}", file=sys.stderr)
-                with job_serving.serving(args.model, folder, queue, {}) as split:
+                with job_serving.serving(args.model, folder, queue) as split:
                     found.append(job_serving.calls(name, local, split, args.calls, args.output_len))
     return found
 
@@ -158,7 +159,7 @@ def _batches(
     found = []
     for name, queue in queues.items():
         print(f"batches in {name}", file=sys.stderr)
-        with job_serving.serving(args.model, folder, queue, {}) as target:
+        with job_serving.serving(args.model, folder, queue) as target:
             found.append(
                 job_serving.batches(
                     name, target, args.model, args.lines, args.line_len, args.rounds

@@ -13,7 +13,6 @@ from nanogpt import process
 from nanogpt.bench.connection import ConnectionLost, Url
 from nanogpt.bench.target import get
 from nanogpt.errors import StartupError
-from nanogpt.network import free_port as free_port
 
 POLL_S = 0.2
 STOP_S = 60.0  # ours gives accepted requests 30 s

@@ -9,9 +9,10 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanogpt.bench.managed import ManagedServer, free_port
+from nanogpt.bench.managed import ManagedServer
 from nanogpt.config import PROJECT
 from nanogpt.errors import ConfigError, StartupError
+from nanogpt.network import free_port
 
 HERE = "."  # stands for the files as they are
 

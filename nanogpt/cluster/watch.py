@@ -23,12 +23,11 @@ class Watch:
         self,
         *,
         watchdog_s: float,
-        node: int = 0,
         open_pid: Callable[[int], int | None] = process.open_pidfd,
         has_ended: Callable[[int], bool] = process.has_ended,
         kill: Callable[[int], None] = process.kill,
     ) -> None:
-        self._watchdog_s, self._node = watchdog_s, node
+        self._watchdog_s = watchdog_s
         self._open_pid, self._has_ended, self._kill = open_pid, has_ended, kill
         self._pidfds: dict[int, int | None] = {}  # None: a process of another node, or gone
         self._heard: dict[int, float] = {}
@@ -50,7 +49,7 @@ class Watch:
         """Watch a rank from here on. Returns its pidfd, if it has one and is new."""
         if rank in self._pidfds:
             return None
-        self._pidfds[rank] = self._open_pid(pid) if node == self._node else None
+        self._pidfds[rank] = self._open_pid(pid) if node == 0 else None
         self._heard[rank] = now
         return self._pidfds[rank]
 

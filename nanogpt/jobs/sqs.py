@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from nanogpt.jobs import sqs_scripts as scripts
 from nanogpt.jobs.redis import RedisStore, read_job
-from nanogpt.jobs.redis_link import text
+from nanogpt.jobs.redis_link import pairs
 from nanogpt.jobs.sqs_link import AT_ONCE, Body, Message, Queues
 from nanogpt.jobs.sqs_receiver import Receiver
 from nanogpt.jobs.store import Job, Lane, Status, StoreUnavailable, Verdict
@@ -54,6 +54,7 @@ class SqsStore(RedisStore):
     def __init__(self, sqs_url: str, url: str, *, look_s: float = LOOK_S, **more: Any) -> None:
         super().__init__(url, **more)
         self._queues = Queues(sqs_url)
+        self._hidden_s = 10  # what is received but not claimed yet; later the lease of who claims
         self._look_s, self._look_at = look_s, 0.0
         self._unsent: dict[str, float] = {}  # since when a job is seen to have no message
         self._held: dict[str, _Held] = {}
@@ -69,8 +70,6 @@ class SqsStore(RedisStore):
             lambda: self._queues.receive(lane, AT_ONCE, WAIT_S, self._hidden_s),
             lambda messages: self._queues.hide(lane, [m.receipt for m in messages], 0),
         )
-
-    _hidden_s = 10  # of what is received but not claimed yet; the lease of who claims, later
 
     def close(self) -> None:
         for receiver in self._receivers.values():
@@ -210,8 +209,9 @@ class SqsStore(RedisStore):
         """Its message is shown again; failing that, it gets a new one soon."""
         held = self._let_go(job_id)
         if held is None:
-            self._look_at = 0.0
-            self._unsent[job_id] = 0.0
+            with self._lock:
+                self._look_at = 0.0
+                self._unsent[job_id] = 0.0
         elif self._best_effort(self._queues.hide, held.lane, [held.receipt], 0):
             self._mark_sent([job_id])
 
@@ -254,5 +254,4 @@ class SqsStore(RedisStore):
 
 
 def _by_id(flat: Sequence[bytes]) -> dict[str, Lane]:
-    pairs = zip(flat[::2], flat[1::2], strict=True)
-    return {text(job_id): Lane(int(lane)) for job_id, lane in pairs}
+    return {job_id: Lane(int(lane)) for job_id, lane in pairs(flat)}
