@@ -13,7 +13,7 @@ import pytest
 
 from nanogpt.network import free_port
 from tests.deployments import Deployment
-from tests.server import ROOT, Server, serving
+from tests.server import ROOT, SLIDING, Server, serving
 
 MODEL = "shakespeare-char"
 PROMPT = "ROMEO:"
@@ -148,7 +148,7 @@ def wait_until(condition, seconds=20.0) -> None:
 
 def test_a_client_that_leaves_cancels_its_work(deployment, any_client):
     wait_until(lambda: deployment.running() == 0)
-    stream = complete(any_client, n=8, max_tokens=200, stream=True)
+    stream = complete(any_client, n=8, stream=True, **SLIDING)
     next(iter(stream))
     wait_until(lambda: deployment.running() > 0)
     stream.close()

@@ -36,11 +36,15 @@ def fragile():
         yield server
 
 
+# Long enough for a fault that is noticed a second later: a dozen steps take a prompt's time each.
+SECONDS = {"max_tokens": 262, "extra_body": {"past_context": "crop"}}
+
+
 class Victim:
     """A stream that is open while the fault happens, and must be as if nothing had."""
 
-    def __init__(self, server: Server, seed: int = 9) -> None:
-        self._params = {"n": 4, "seed": seed, "max_tokens": 100, "logprobs": 1}
+    def __init__(self, server: Server, seed: int = 9, **params) -> None:
+        self._params = {"n": 4, "seed": seed, "max_tokens": 100, "logprobs": 1, **params}
         self._client = server.client(timeout=120)
         self.want = [
             (c.text, c.logprobs.token_logprobs, c.finish_reason)
@@ -187,7 +191,7 @@ def test_a_killed_worker_of_the_front_end_breaks_its_connections_and_comes_back(
 def test_a_killed_master_of_the_front_end_breaks_nothing(fragile):
     """Its worker finishes what it has, refuses what is new meanwhile, and makes room."""
     master, worker = front_end(fragile)
-    victim = Victim(fragile)
+    victim = Victim(fragile, **SECONDS)
     master.kill()
     wait_until(lambda: draining(fragile), 5)
     victim.check()
@@ -207,7 +211,7 @@ def draining(server: Server) -> bool:
 def test_a_drain_finishes_what_was_accepted_and_tells_the_others():
     """A new connection was refused during a drain: gunicorn closes its socket first."""
     with serving() as server:
-        victim = Victim(server)
+        victim = Victim(server, **SECONDS)
         processes = server.below()
         server.process.send_signal(signal.SIGTERM)
         wait_until(lambda: draining(server), 5)

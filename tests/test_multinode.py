@@ -69,6 +69,15 @@ class Pair:
             assert time.monotonic() < end, found
             time.sleep(0.5)
 
+    def wait_for_another_group(self) -> None:
+        """Wait until the first machine, alone by now, has heard of the second one again."""
+        before = self.groups
+        wait_until(lambda: self.groups > before, 60)
+
+    @property
+    def groups(self) -> int:
+        return self.server.output.count("another group has begun")
+
     def close(self) -> None:
         self.second.close()
         self.server.close()
@@ -119,7 +128,7 @@ def test_a_machine_that_is_lost_is_gone_without_until_it_is_back(pair):
     assert pair.who() == "0,0,0,0"
     with streaming(pair.server, seed=3):
         pair.start_second()
-        wait_until(lambda: pair.server.output.count("another group has begun") > 0, 60)
+        pair.wait_for_another_group()
     pair.wait_for("0,1,0,1")
 
 
@@ -132,7 +141,7 @@ def test_a_cut_network_is_a_pause(pair):
     assert pair.who() == "0,0,0,0"
     with streaming(pair.server, seed=5):
         pair.machines[1].mend()
-        wait_until(lambda: "another group has begun" in pair.second.output, 60)
+        pair.wait_for_another_group()
     pair.wait_for("0,1,0,1")
 
 

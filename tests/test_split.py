@@ -13,13 +13,11 @@ import psutil
 import pytest
 
 from tests.redis_server import redis_server
-from tests.server import Server
+from tests.server import SLIDING, Server
 
 MODEL = "shakespeare-char"
 PROMPT = "ROMEO:"
 LONG = 150  # tokens
-# Each token past the context takes a prompt's time: seconds of generation, on any machine.
-SLIDING = {"max_tokens": 450, "extra_body": {"past_context": "crop"}}
 KEY = "k" * 24
 WAIT_S = 90  # a busy machine may take long; a test never waits for this when all is well
 
@@ -150,7 +148,7 @@ def test_errors_are_those_of_one_machine(split, fields, kind, param):
 
 
 def test_a_client_that_leaves_stops_the_work(split):
-    stream = split.client.completions.create(**ask(max_tokens=240, stream=True))
+    stream = split.client.completions.create(**ask(stream=True, **SLIDING))
     next(iter(stream))
     split.holder()
     stream.close()

@@ -9,6 +9,7 @@ nothing. Wider: new heads and new units of an MLP are read by zeros. New channel
 stream carry the mean of the old ones: then the mean over all channels is the old mean, LayerNorm
 gives zero in the new channels, whatever reads them, and the variance is smaller by old / new width,
 which the gains undo. Only LayerNorm's epsilon, beside a smaller variance, makes a difference.
+Longer: the table of positions is repeated, so what fits the old context has its old answers.
 What is random breaks the symmetry between new parts; it is as large as the weights beside it.
 """
 
@@ -26,12 +27,14 @@ def grow(model: GPT, config: GPTConfig, dropout: float = 0.0) -> GPT:
 
     New layers are spread evenly; new heads, units and channels come last. Draws from torch's
     generator. Raises ConfigError for a shape that is smaller somewhere, or that differs in what
-    can't grow: context, vocabulary, size of a head, biases and activation.
+    can't grow: vocabulary, size of a head, biases and activation.
     """
     _check(model.config, config)
     old = model.state_dict()
     wider = _Wider(model.config, config)
     weights = {f"{n}.weight": wider.residual(old[f"{n}.weight"], -1) for n in ("wte", "wpe")}
+    positions = torch.arange(config.block_size) % model.config.block_size
+    weights["wpe.weight"] = weights["wpe.weight"][positions]
     weights |= {n: wider.norm(n, x) for n, x in old.items() if n.startswith("ln_f.")}
     before = None
     for layer in range(config.n_layer):
@@ -48,11 +51,11 @@ def grow(model: GPT, config: GPTConfig, dropout: float = 0.0) -> GPT:
 
 
 def _check(old: GPTConfig, new: GPTConfig) -> None:
-    for name in ("block_size", "vocab_size", "bias", "activation", "head_size"):
+    for name in ("vocab_size", "bias", "activation", "head_size"):
         is_, wanted = getattr(old, name), getattr(new, name)
         if is_ != wanted:
             raise ConfigError(f"a model with {name} = {is_} can't grow into one with {wanted}")
-    for name in ("n_layer", "n_embd"):
+    for name in ("block_size", "n_layer", "n_embd"):
         is_, wanted = getattr(old, name), getattr(new, name)
         if is_ > wanted:
             raise ConfigError(f"a model with {name} = {is_} can't shrink to {wanted}")
