@@ -22,7 +22,7 @@ from tests.app_utils import (
     make_app,
 )
 from tests.fake_cluster import INFO, FakeCluster, fail_after, play
-from tests.jobs_utils import jobs_app, wait_for
+from tests.jobs_utils import Others, jobs_app, wait_for
 
 TEXT = "hello world"
 
@@ -348,31 +348,13 @@ def test_other_weights_are_a_new_plan_before_the_first_token_and_the_end_after_i
         assert second.handles[0].request.params.seed == 5
 
 
-class Others:
-    """What the clusters of a queue tell: whether another one has a model."""
-
-    def __init__(self) -> None:
-        self.offer, self.asked = True, 0
-
-    def start(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def is_offered(self, model: str) -> bool:
-        assert model == NAME
-        self.asked += 1
-        return self.offer
-
-
 @pytest.mark.parametrize("comes_back", [True, False])
 def test_a_job_waits_for_the_cluster_that_has_its_model(tmp_path, monkeypatch, comes_back):
     """A cluster without the model failed it; now it goes back, until nobody has the model."""
     monkeypatch.setattr("nanogpt.jobs.runner.RETRY_S", 0.01)
     with jobs_app(tmp_path, FakeCluster(stalled(2))) as app:
         waiting = background(app.test_client())["id"]
-    second, others = FakeCluster(resuming), Others()
+    second, others = FakeCluster(resuming), Others(NAME)
     models = second.models
     second.models = lambda: {"another": msgspec.structs.replace(INFO, name="another")}
     with jobs_app(tmp_path, second, announcer=others) as app:

@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
+import msgspec
 import openai
 import pytest
 
@@ -21,10 +23,11 @@ from tests.app_utils import (
     NAME,
     OTHER_KEY,
     assert_error,
+    bearer,
     official_client,
 )
-from tests.fake_cluster import FakeCluster, play
-from tests.jobs_utils import jobs_app, wait_for
+from tests.fake_cluster import INFO, FakeCluster, play
+from tests.jobs_utils import Others, jobs_app, wait_for
 from tests.server import ROOT
 
 
@@ -454,6 +457,65 @@ def test_lines_are_under_the_content_rules_and_the_keys_models_but_no_limit(tmp_
         done = run_batch(other, jsonl([line(0)]))
         found = lines_of(other, done.error_file_id)["r0"]
         assert found["response"]["status_code"] == 404
+
+
+def test_a_ban_ends_the_lines_of_its_user_and_no_others(tmp_path, cluster, monkeypatch):
+    """Those that run, and those that have not begun."""
+    monkeypatch.setattr("nanogpt.api.exchange.POLL_S", 0.01)
+    answer = play([b"hello"])
+    is_banned = threading.Event()
+    cluster.script = lambda request: answer(request) if is_banned.is_set() else []
+    settings = JobsConfig(max_running=2)
+    with jobs_app(tmp_path, cluster, settings, environ=CLOSED) as app:
+        client = official_client(app, KEY)
+        lines = [line(i, user="bob" if i == 1 else "mallory") for i in range(4)]
+        file = client.files.create(file=("a", jsonl(lines)), purpose="batch")
+        batch = client.batches.create(
+            input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+        )
+        wait_for(lambda: len(cluster.handles) == 2)
+        is_banned.set()
+        ban = app.test_client().post(
+            "/admin/users/mallory/ban", json={"reason": "spam"}, headers=bearer(ADMIN_KEY)
+        )
+        assert ban.status_code == 200
+        wait_for(lambda: client.batches.retrieve(batch.id).request_counts.failed == 3)
+        assert [h.cancelled for h in cluster.handles] == [[None], []]  # all of it, nothing
+        client.batches.cancel(batch.id)  # bob's line has no end
+        done = finished(client, batch.id)
+        errors = lines_of(client, done.error_file_id)
+        banned = {name: errors[name]["response"] for name in ("r0", "r2", "r3")}
+        assert {r["status_code"] for r in banned.values()} == {403}
+        assert {r["body"]["error"]["code"] for r in banned.values()} == {"user_banned"}
+        assert errors["r1"]["error"]["code"] == "batch_cancelled"
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_lines_for_another_clusters_model_are_left_to_it(tmp_path, monkeypatch, comes_back):
+    """All others are done at once; and when nobody has the model any more, the lines fail."""
+    monkeypatch.setattr("nanogpt.jobs.runner.RETRY_S", 0.01)
+    cluster, others = FakeCluster(play([b"hello"])), Others("another")
+    with jobs_app(tmp_path, cluster, announcer=others) as app:
+        client = official_client(app, "none")
+        lines = [line(i, model=("another", NAME)[i % 2]) for i in range(6)]
+        file = client.files.create(file=("a", jsonl(lines)), purpose="batch")
+        batch = client.batches.create(
+            input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+        )
+        wait_for(lambda: client.batches.retrieve(batch.id).request_counts.completed == 3)
+        wait_for(lambda: others.asked >= 7)  # it goes back and comes again
+        assert client.batches.retrieve(batch.id).status == "in_progress"
+        assert len(cluster.handles) == 3
+        if comes_back:
+            cluster.infos["another"] = msgspec.structs.replace(INFO, name="another")
+        else:
+            others.offer = False
+        done = finished(client, batch.id)
+        output, errors = lines_of(client, done.output_file_id), lines_of(client, done.error_file_id)
+        assert {"r1", "r3", "r5"} <= set(output)
+        assert len(output) == (6 if comes_back else 3)
+        assert {e["response"]["status_code"] for e in errors.values()} <= {404}
+        assert len(output) + len(errors) == 6
 
 
 def test_many_lines_are_never_in_memory_together(tmp_path):

@@ -2,7 +2,9 @@
 
 One thread owns a batch: it reads lines, hands them to threads as there is room, and keeps their
 results. A result is kept once, under the batch's lease; after a restart lines that have one are
-skipped. So each line has exactly one, whatever was killed in between.
+skipped. So each line has exactly one, whatever was killed in between. Lines for models that only
+another cluster has are left out, and the batch goes back for that one to take when the rest is
+done.
 """
 
 import logging
@@ -171,6 +173,7 @@ class _Run:
             self._count(batches.result(record))
         self._results: queue.SimpleQueue[LineResult | None] = queue.SimpleQueue()
         self._unkept: list[bytes] = []
+        self._left_to_others = ""  # a model that lines want and another cluster has
         self._running = 0
         self._stop = threading.Event()
         self._keep_at = self._look_at = 0.0
@@ -205,6 +208,9 @@ class _Run:
                         return
                 while self._running and not self._must_stop(clock):
                     self._turn(FLUSH_S)
+                if self._left_to_others and not self._must_stop(clock):
+                    name = self._left_to_others
+                    raise PutBack(f"the model {name!r} is served by another cluster")
             finally:
                 self._stop.set()  # before the pool waits for its threads
 
@@ -221,9 +227,8 @@ class _Run:
             self._turn(0.0)
             return not self._must_stop(clock)
         if self._runner.is_elsewhere(request):
-            while self._running:  # so that each attempt brings the batch further
-                self._turn(FLUSH_S)
-            raise PutBack(f"the model {request.model!r} is served by another cluster")
+            self._left_to_others = request.model
+            return not self._must_stop(clock)
         while True:
             if self._must_stop(clock):
                 return False
