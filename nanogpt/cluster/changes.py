@@ -62,7 +62,7 @@ class Changes:
         if failed:
             problem = failed[0].message
         elif len({each.info.fingerprint for each in loaded}) > 1:
-            problem = "the ranks have different weights: their files were changed meanwhile"
+            problem = "the ranks have different weights: use the same files everywhere"
         elif loaded:
             seconds = max(each.seconds for each in loaded)
             log.info("%s is loaded on all ranks, %.2f s", name, seconds)
