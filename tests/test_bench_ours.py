@@ -117,6 +117,8 @@ def test_speedups_are_against_the_first_number_of_ranks():
         (("scaling", "--url", "http://h/v1", "--n", "129"), "at most 128"),
         (("scaling", "--launch", "--model no-such"), "unknown model 'no-such'"),
         (("frontend", "--streams", "0"), "out of range"),
+        (("switching", "--url", "http://h/v1"), "--models"),
+        (("switching", "--url", "http://h/v1", "--models", "a,a"), "two or more different"),
     ],
 )
 def test_mistakes_are_one_line(argv, message, capsys):

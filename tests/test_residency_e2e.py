@@ -2,6 +2,7 @@
 with memory for one at a time."""
 
 import contextlib
+import json
 import os
 import re
 import threading
@@ -13,6 +14,7 @@ import openai
 import psutil
 import pytest
 
+from nanogpt.bench.__main__ import main
 from tests.hf_models import write_model
 from tests.server import Server, serving
 
@@ -224,3 +226,18 @@ def test_the_front_end_s_successor_knows_what_is_in_memory_and_what_is_pinned(
     assert caught.value.status_code == 503
     assert caught.value.code == "no_room"
     assert "pinned deep" in str(caught.value)
+
+
+def test_switching_is_measured(roomy, capsys, tmp_path):
+    plot = tmp_path / "p.png"
+    argv = ["switching", "--url", f"{roomy.url}/v1", "--models", f"wide,{CHARS}", "--api-key", KEY]
+    argv += ["--requests", "2", "--rounds", "2", "--output-len", "3", "--plot", str(plot)]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    found = json.loads(out.splitlines()[-1])["results"]
+    assert [(f["model"], f["requests"]) for f in found] == [("wide", 4), (CHARS, 4)]
+    for one in found:
+        assert min(one["in_a_row_ms"], one["by_turns_ms"]) > 0
+        assert one["lowest_ms"] <= one["added_ms"] <= one["highest_ms"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert KEY not in out

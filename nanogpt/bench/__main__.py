@@ -5,6 +5,7 @@ serve     load over HTTP on any OpenAI-compatible server: latencies, throughput,
   engine    our engine without HTTP: prefill and decode sweeps, share of the roofline
   frontend  our front end with a generator of tokens in place of engines: what it carries
   scaling   tokens a second by choices of a request and by ranks
+  switching requests to several models by turns, against each model alone
   memory    what fits on a device: bytes of KV a token, contexts at once
   jobs      stores of jobs, calls through a queue, batches: what the durable path costs
 """
@@ -15,12 +16,12 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-from nanogpt.bench import compare, engine, frontend, jobs, memory, scaling, serve
+from nanogpt.bench import compare, engine, frontend, jobs, memory, scaling, serve, switching
 from nanogpt.bench.options import Parser
 from nanogpt.config import nearest
 from nanogpt.errors import ConfigError, StartupError
 
-COMMANDS = (serve, compare, engine, frontend, scaling, memory, jobs)
+COMMANDS = (serve, compare, engine, frontend, scaling, switching, memory, jobs)
 
 
 def parser() -> Parser:
