@@ -208,11 +208,23 @@ def test_nothing_is_lost_or_doubled_when_redis_is_killed(tmp_path):
 
 # The stand-in for SQS takes some thirty messages a second.
 @pytest.mark.parametrize(
-    ("kind", "jobs", "kills", "pause_s"), [("redis", 100, 12, 0.005), ("sqs", 30, 8, 0.2)]
+    ("kind", "jobs", "faults", "pause_s"), [("redis", 100, 12, 0.005), ("sqs", 30, 8, 0.2)]
 )
-def test_enqueuers_workers_and_redis_may_all_be_killed(kind, jobs, kills, pause_s):
+def test_enqueuers_workers_and_redis_may_all_be_killed(kind, jobs, faults, pause_s):
     """The short form of python -m tests.kill_jobs."""
-    report = kill_jobs.run(jobs=jobs, kills=kills, seed=1, kind=kind, pause_s=pause_s)
+    report = kill_jobs.run(jobs=jobs, faults=faults, seed=1, kind=kind, pause_s=pause_s)
     assert report.wrong == []
     assert report.accepted >= jobs
-    assert report.kills.total() >= kills
+    assert report.silent > 0
+    assert report.faults.total() >= faults
+    assert report.faults["stop worker"] > 0
+
+
+@pytest.mark.parametrize(
+    ("bug", "kinds", "faults", "words"),
+    [("fences", ["stop worker"], 3, "had it"), ("renewal", [], 0, "in_progress")],
+)
+def test_a_bug_in_leases_is_found_by_stopping_workers_and_by_silent_jobs(bug, kinds, faults, words):
+    """Workers whose late writes are accepted, or who don't renew their leases."""
+    report = kill_jobs.run(40, faults, 1, kinds=kinds, sabotaged=bug, end_s=5.0)
+    assert words in " ".join(report.wrong)
