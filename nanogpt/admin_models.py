@@ -3,7 +3,8 @@
     nanogpt admin models list
     nanogpt admin models pin gpt2 --url http://127.0.0.1:8000
 
-The admin key is in NANOGPT_ADMIN_KEY. `load`, `unload` and `pin` wait until it is done.
+The admin key is in NANOGPT_ADMIN_KEY. `load`, `unload` and `pin` wait until it is done; what waits
+for a model has it loaded again as soon as it is unloaded.
 """
 
 import argparse
@@ -39,6 +40,7 @@ class _Model(msgspec.Struct):
     running: int
     waiting: int
     last_used: int | None
+    loads: int
     failures: int
     problem: str | None
 
@@ -79,11 +81,14 @@ def run(args: argparse.Namespace) -> int:
     if args.order == "list":
         _print(_list(args.url))
         return 0
-    before = {model.id: model.failures for model in _list(args.url).data}
+    before = {model.id: model for model in _list(args.url).data}
     raw = _ask(args.url, f"/admin/models/{quote(args.model, safe='')}/{args.order}", b"")
     model = msgspec.json.decode(raw, type=_Model)
     while args.order in DONE and model.state != DONE[args.order]:
-        if model.failures > before.get(model.id, 0):
+        was = before.get(model.id, model)
+        if args.order == "unload" and model.loads > was.loads:
+            break  # it was unloaded, and a request that waited has had it loaded again
+        if args.order != "unload" and model.failures > was.failures:
             raise ServerRefused(f"{model.id} could not be loaded: {model.problem}")
         time.sleep(LOOK_S)
         model = next(m for m in _list(args.url).data if m.id == model.id)

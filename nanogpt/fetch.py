@@ -18,6 +18,7 @@ from tqdm import tqdm
 from nanogpt import registry
 from nanogpt.errors import CheckpointError, ConfigError, StartupError
 from nanogpt.model import hub
+from nanogpt.model.hub_blob import begun_bytes
 from nanogpt.registry import ModelCard
 from nanogpt.weight_files import cached
 
@@ -37,6 +38,7 @@ def fetch(model: str, cards: Mapping[str, ModelCard]) -> Path:
         if card is not None:
             _check_room(card)
         return hub.find(name)
+    hub.add_tokenizer(directory)
     total = sum(file.stat().st_size for file in directory.iterdir() if file.is_file())
     with tqdm(total=total, unit="B", unit_scale=True, desc="checking", disable=None) as bar:
         hub.verify(directory, bar.update)
@@ -57,7 +59,7 @@ def _check_room(card: ModelCard) -> None:
     place = Path(constants.HF_HUB_CACHE)
     while not place.exists():
         place = place.parent
-    needed, free = card.stored_bytes, shutil.disk_usage(place).free
+    needed, free = card.stored_bytes - begun_bytes(card.hub), shutil.disk_usage(place).free
     if needed > free:
         raise CheckpointError(
             f"{card.name} takes {needed / GB:.1f} GB, and {place} has {free / GB:.1f} GB free: "

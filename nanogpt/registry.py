@@ -107,8 +107,11 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
             return f"nanogpt fetch {self.name}"
         if not self.recipe:
             return ""
-        data = "char" if self.tokenizer == "char" else "bpe"
-        return f"nanogpt prepare {data} && nanogpt train --config {self.recipe}"
+        train = f"nanogpt train --config {self.recipe}"
+        if self.tokenizer == "char":
+            return f"nanogpt prepare char && {train}"
+        base = read_toml(PROJECT / self.recipe)["init_from"]
+        return f"nanogpt fetch {base} && nanogpt prepare bpe --tokenizer-of {base} && {train}"
 
 
 def read_cards(directory: Path = CARDS) -> dict[str, ModelCard]:

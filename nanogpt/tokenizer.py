@@ -149,6 +149,12 @@ def load_tokenizer(spec: TokenizerSpec) -> Tokenizer:
     return BPETokenizer(read_bpe_files(spec.directory) if spec.directory else gpt2_files())
 
 
+def check_vocabulary(spec: TokenizerSpec) -> None:
+    """Raises CheckpointError when the vocabulary is GPT-2's own and that can't be had."""
+    if spec.kind == "gpt2" and not spec.directory:
+        gpt2_files()
+
+
 def gpt2_files() -> BPEFiles:
     """GPT-2's own vocabulary, downloaded once by tiktoken, or from TIKTOKEN_CACHE_DIR."""
     import tiktoken

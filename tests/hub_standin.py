@@ -17,6 +17,7 @@ class Hub(ThreadingHTTPServer):
 
     `cut_at`: answers for large files end after so many bytes, as long as `cuts` lasts; with `stall`
     they don't end, but nothing more comes. `damage`: their bytes are not what their checksums say.
+    `gone`: nothing is answered any more.
     `ranges`: what was asked for of large files.
     """
 
@@ -26,6 +27,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repo, self.directory = repo, directory
         self.cut_at, self.cuts, self.stall, self.damage = 0, 0, False, False
+        self.gone = False
         self.stalled = threading.Event()
         self.ranges: list[str | None] = []
 
@@ -49,6 +51,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, with_body):
         hub = self.server
+        if hub.gone:
+            self.close_connection = True
+            return
         path = self.path.partition("?")[0]
         if path in (f"/api/models/{hub.repo}", f"/api/models/{hub.repo}/revision/main"):
             files = [{"rfilename": f.name} for f in sorted(hub.directory.iterdir())]

@@ -82,6 +82,20 @@ def test_a_load_that_fails_is_told(run, cluster):
     assert (code, said) == (2, f"error: {INFO.name} could not be loaded: corrupt\n")
 
 
+def test_an_unloaded_model_may_be_back_at_once(run, cluster):
+    """A request waited for it: the command waited for ever."""
+
+    def come_back():
+        status = cluster.states[INFO.name]
+        cluster.states[INFO.name] = status._replace(state="open", loads=status.loads + 1)
+
+    timer = threading.Timer(0.3, come_back)
+    timer.start()
+    code, said, _ = run("unload", INFO.name)
+    timer.join()
+    assert (code, f"{INFO.name}: loaded" in said) == (0, True)
+
+
 def test_mistakes_are_told(run, monkeypatch):
     code, _, said = run("load", "nothing")
     assert (code, "'nothing' does not exist" in said) == (2, True)

@@ -19,6 +19,7 @@ from nanogpt.engine.cpu.linear import bit_sums
 from nanogpt.errors import CheckpointError
 from nanogpt.model import checkpoint, convert
 from nanogpt.model.assemble import assemble
+from nanogpt.model.dtypes import as_stored
 from nanogpt.model.fingerprint import fingerprint
 from nanogpt.model.gpt import GPT, CausalAttend, GPTConfig
 from nanogpt.model.load import LoadedModel, load_model
@@ -620,10 +621,22 @@ class TestWriting:
         convert.write_hugging_face(loaded, tmp_path / "hf")
         assert AutoTokenizer.from_pretrained(tmp_path / "hf").encode("a[PAD]") == [64, 50257]
 
-    def test_nothing_is_overwritten_for_transformers(self, written, tmp_path, capsys):
-        assert convert.main([str(written[0]), str(tmp_path), "--to", "hf"]) == 2
+    @pytest.mark.parametrize("to", convert.WRITERS)
+    def test_nothing_is_overwritten(self, written, tmp_path, capsys, to):
+        (tmp_path / "mine").write_text("x")
+        assert convert.main([str(written[0]), str(tmp_path), "--to", to]) == 2
         assert "is there already" in capsys.readouterr().err
-        assert list(tmp_path.iterdir()) == []
+        assert [f.name for f in tmp_path.iterdir()] == ["mine"]
+
+    def test_the_widest_type_speaks_for_all(self, copy, tmp_path):
+        """Nothing of a float32 LayerNorm is lost beside float16 matrices."""
+        state = {n: t.half() if t.dim() == 2 else t for n, t in state_of(copy).items()}
+        rewrite(copy, state)
+        assert convert.main([str(copy), str(tmp_path / "a")]) == 0
+        assert convert.main([str(tmp_path / "a"), str(tmp_path / "b"), "--to", "hf"]) == 0
+        again = state_of(tmp_path / "b")
+        assert all(torch.equal(again[n], t.float()) for n, t in state.items() if n in again)
+        assert again.keys() >= {n for n in state if "lm_head" not in n}
 
     @pytest.mark.parametrize("bias", [False, True])
     def test_there_and_back_to_nanogpt(self, tmp_path, bias):
@@ -635,12 +648,12 @@ class TestWriting:
             param.data += torch.randn_like(param)
         spec = TokenizerSpec(kind="char", characters=CHARACTERS)
         checkpoint.save(tmp_path / "a", model, spec, dtype=torch.bfloat16)
-        first = load(tmp_path / "a", lambda found: found)
+        first = load(tmp_path / "a", as_stored)
         for source, to in (("a", "nanogpt"), ("b/ckpt.pt", "hf"), ("b/ckpt.pt", "ours")):
             out = {"nanogpt": "b", "hf": "c", "ours": "d"}[to]
             assert convert.main([str(tmp_path / source), str(tmp_path / out), "--to", to]) == 0
         for there in ("b/ckpt.pt", "d"):
-            again = load(tmp_path / there, lambda found: found)
+            again = load(tmp_path / there, as_stored)
             assert again.info.tokenizer == spec
             assert again.info.fingerprint == first.info.fingerprint  # of every bit
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "c", dtype=torch.float32)
@@ -670,8 +683,8 @@ class TestWriting:
 
     def test_the_type_of_weights_stays(self, written, tmp_path):
         for given, dtype in (([], "float32"), (["--dtype", "float16"], "float16")):
-            assert convert.main([str(written[0]), str(tmp_path / "o"), *given]) == 0
-            assert load(tmp_path / "o", lambda found: found).info.dtype == dtype
+            assert convert.main([str(written[0]), str(tmp_path / dtype), *given]) == 0
+            assert load(tmp_path / dtype, as_stored).info.dtype == dtype
 
     def test_the_bundled_model_for_transformers(self, tmp_path):
         """Exact GELU, no biases, 65 characters: the logits of the served model's weights."""

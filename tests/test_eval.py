@@ -9,12 +9,14 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
+from nanogpt.bpe_files import read_bpe_files
 from nanogpt.config import PROJECT
 from nanogpt.data.prepare import prepare
 from nanogpt.engine.cpu.linear import pack_model
 from nanogpt.errors import ConfigError
 from nanogpt.eval import __main__ as command
 from nanogpt.eval import card
+from nanogpt.eval import text as texts
 from nanogpt.eval.score import Score, Window, score, windows_of
 from nanogpt.model import checkpoint
 from nanogpt.model.dtypes import DTYPES
@@ -58,6 +60,28 @@ def test_equals_trainings_own(small, packed):
     found = score(model, tokenizer, tokens, windows_of(len(tokens), 128), quiet=True)
     assert found.tokens == 5 * 128
     assert found.loss == pytest.approx(expected, rel=2e-6)
+
+
+def test_equals_trainings_own_beside_rows_of_padding():
+    model = small_gpt()
+    tokens = np.random.default_rng(0).integers(0, 50, 128 * 3 + 1)
+    few = load_tokenizer(TokenizerSpec(kind="char", characters=CHARACTERS[:50]))
+    expected = evaluate(model, tokens, vocab_size=50)
+    found = score(model, few, tokens, windows_of(len(tokens), 128), quiet=True)
+    assert found.loss == pytest.approx(expected, rel=2e-6)
+    assert found.loss < evaluate(model, tokens)
+
+
+def test_a_special_token_in_a_text_is_text_as_when_it_is_prepared(tmp_path):
+    write_model(tmp_path / "hf", **TINY)
+    info = load_model(str(tmp_path / "hf"), "m", dtype=torch.float32, device="cpu").info
+    content = ("First.<|endoftext|>" * 30).encode()
+    (tmp_path / "text.txt").write_bytes(content)
+    prepare("bpe", content, "text", tmp_path / "data", read_bpe_files(tmp_path / "hf"))
+    tokenizer = load_tokenizer(info.tokenizer)
+    read = [texts.read(tmp_path / name, "all", info, tokenizer) for name in ("text.txt", "data")]
+    assert abs(len(read[0].tokens) - len(read[1].tokens)) <= 1  # the parts meet within a token
+    assert info.eos_token_id not in read[0].tokens
 
 
 def test_equals_transformers(tmp_path):

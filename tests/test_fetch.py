@@ -1,11 +1,14 @@
 """nanogpt fetch: against a stand-in of the hub, with connections that break and bytes that are
 wrong; and the command line it is a part of."""
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,6 +16,7 @@ from nanogpt import __main__ as command_line
 from nanogpt import fetch, registry
 from nanogpt.config import PROJECT
 from nanogpt.errors import CheckpointError
+from nanogpt.model.hub_blob import fetch_blob
 from tests import hub_standin
 from tests.hf_models import TINY, write_model
 
@@ -111,6 +115,58 @@ def test_goes_on_after_a_process_that_was_killed(run, hub):
     assert hub.ranges == [None, f"bytes={KEPT}-"]
 
 
+def test_a_network_that_goes_away_is_one_line(run, hub):
+    hub.cut_at, hub.stall = CUT_AT, True
+    process = run.start("gpt2")
+    assert hub.stalled.wait(60)
+    hub.gone = True
+    hub.stall = False
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "check the name and the network" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert run.unfinished()
+
+
+def test_who_waited_goes_on_where_the_other_ended(monkeypatch, tmp_path):
+    """Not where that one was when it began to wait."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    found = SimpleNamespace(etag="e" * 64, size=100)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *a, **k: found)
+    asked = []
+
+    def http_get(url, file, *, resume_size, **more):
+        asked.append(resume_size)
+        file.write(b"x" * (found.size - resume_size))
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", http_get)
+    blobs = tmp_path / "models--a--b/blobs"
+    blobs.mkdir(parents=True)
+    with open(blobs / ("e" * 64 + ".nanogpt-part"), "ab") as other:
+        other.write(b"x" * 40)
+        other.flush()
+        fcntl.flock(other, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=fetch_blob, args=("a/b", "main", "model.safetensors"))
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        other.write(b"x" * 30)
+    waiting.join(30)
+    assert asked == [70]
+    assert (blobs / ("e" * 64)).read_bytes() == b"x" * 100
+
+
+def test_a_tokenizer_that_another_program_left_out_is_added(run, hub, tmp_path):
+    assert run("gpt2").returncode == 0
+    (directory,) = (tmp_path / "home").glob("hub/models--*/snapshots/*")
+    for name in ("vocab.json", "merges.txt"):
+        (directory / name).unlink()
+    assert run("gpt2").returncode == 0
+    assert (directory / "vocab.json").exists()
+    assert (directory / "merges.txt").exists()
+    assert hub.ranges == [None]  # the weights were not asked for again
+
+
 def test_wrong_bytes_are_not_kept(run, hub, tmp_path):
     hub.damage = True
     done = run("gpt2")
@@ -135,6 +191,12 @@ def test_no_room_is_said_before_the_download(monkeypatch, tmp_path):
     usage = shutil.disk_usage(tmp_path)._replace(free=10**9)
     monkeypatch.setattr("nanogpt.fetch.shutil.disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match=r"gpt2-xl takes 6\.2 GB, .* has 1\.0 GB free"):
+        fetch.fetch("gpt2-xl", registry.read_cards())
+    blobs = tmp_path / "not/yet/models--openai-community--gpt2-xl/blobs"
+    blobs.mkdir(parents=True)
+    with open(blobs / "e.nanogpt-part", "wb") as part:
+        part.truncate(5 * 10**9)  # sparse: it is here already
+    with pytest.raises(CheckpointError, match=r"gpt2-xl takes 1\.2 GB, .* has 1\.0 GB free"):
         fetch.fetch("gpt2-xl", registry.read_cards())
 
 

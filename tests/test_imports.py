@@ -77,7 +77,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "nanogpt.admin": (BASE | {"nanogpt.api.admission", "nanogpt.admin_models"}, set()),
     "nanogpt.admin_models": (BASE, set()),
     "nanogpt.__main__": ({"nanogpt.config"}, set()),
-    "nanogpt.fetch": (BASE | {"nanogpt.model.hub"}, set()),
+    "nanogpt.fetch": (BASE | {"nanogpt.model.hub", "nanogpt.model.hub_blob"}, set()),
     "nanogpt.agent": ({"nanogpt.network"}, {"torch"}),
     "nanogpt.chaos": (BASE | {"nanogpt.chaos"}, set()),
     "nanogpt.launch": (BASE | {"nanogpt.preflight", "nanogpt.cluster.keeper"}, set()),

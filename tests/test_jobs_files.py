@@ -16,6 +16,7 @@ import pytest
 from nanogpt.config import HttpConfig
 from nanogpt.jobs import batches
 from nanogpt.jobs_config import JobsConfig
+from nanogpt.request import RequestFailed
 from tests.app_utils import (
     ADMIN_KEY,
     CLOSED,
@@ -516,6 +517,23 @@ def test_lines_for_another_clusters_model_are_left_to_it(tmp_path, monkeypatch, 
         assert len(output) == (6 if comes_back else 3)
         assert {e["response"]["status_code"] for e in errors.values()} <= {404}
         assert len(output) + len(errors) == 6
+
+
+def test_lines_wait_while_there_is_no_room_for_their_model(client, cluster, monkeypatch):
+    """A pinned model made them fail, all that were left."""
+    monkeypatch.setattr("nanogpt.api.jobs.lines.RETRY_S", 0.01)
+    answer = play([b"hello"])
+
+    def script(request):
+        if len(cluster.handles) < 5:
+            return [[RequestFailed(request.request_id, "no room", "no_room", 10)]]
+        return answer(request)
+
+    cluster.script = script
+    done = run_batch(client, jsonl([line(i) for i in range(4)]))
+    assert (done.request_counts.completed, done.request_counts.failed) == (4, 0)
+    bodies = [x["response"]["body"] for x in lines_of(client, done.output_file_id).values()]
+    assert {body["choices"][0]["text"] for body in bodies} == {"hel"}
 
 
 def test_many_lines_are_never_in_memory_together(tmp_path):

@@ -2,19 +2,20 @@
 
 import os
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt import preflight, process, servable
+from nanogpt import preflight, process, registry, servable
 from nanogpt.config import ServeConfig, convert
 from nanogpt.engine.descriptions import Descriptions
 from nanogpt.engine.models import Models
 from nanogpt.engine.plan import Planner
 from nanogpt.engine.setup import GIB
 from nanogpt.engine.sizes import LEAST_CONTEXTS, Size, share
-from nanogpt.errors import ConfigError, StartupError
+from nanogpt.errors import CheckpointError, ConfigError, StartupError
 from nanogpt.ranks import Ranks
 from tests.hf_models import TINY, write_model
 
@@ -121,6 +122,34 @@ def test_with_a_limit_known_models_whose_weights_are_here_are_offered_too(tiny, 
     limited = convert({"models": [f"tiny={tiny}"], "residency": {"memory_gib": 1}}, ServeConfig)
     assert [name for name, _ in servable.servable(limited)][:1] == ["tiny"]
     assert "shakespeare-char" in dict(servable.servable(limited))
+
+
+def test_a_vocabulary_that_can_not_be_had_is_told_at_the_start(tiny, tmp_path, monkeypatch):
+    """The front end ended for want of it, again and again."""
+
+    def missing():
+        raise CheckpointError("GPT-2's vocabulary can't be downloaded")
+
+    planner(config_of(tiny, memory_gib=1), tmp_path).plan(None, ())
+    for name in ("vocab.json", "merges.txt"):
+        (tiny / name).unlink()
+    monkeypatch.setattr("nanogpt.tokenizer.gpt2_files", missing)
+    with pytest.raises(CheckpointError, match="vocabulary"):
+        Models(config_of(tiny), ALONE, CPU).load("tiny")
+    with pytest.raises(CheckpointError, match="vocabulary"):
+        planner(config_of(tiny, memory_gib=1), tmp_path).plan(None, ())
+
+
+def test_what_a_card_says_of_unknown_characters_counts(tiny, tmp_path, monkeypatch):
+    config, cards = config_of(tiny, memory_gib=1), registry.read_cards()
+    made = planner(config, tmp_path)
+    made.plan(None, ())
+    assert made.infos["shakespeare-char"].tokenizer.unknown == ""
+    mapped = msgspec.structs.replace(cards["shakespeare-char"], unknown="?")
+    monkeypatch.setattr(registry, "read_cards", lambda: {**cards, "shakespeare-char": mapped})
+    made = planner(config, tmp_path)
+    made.plan(None, ())
+    assert made.infos["shakespeare-char"].tokenizer.unknown == "?"
 
 
 def test_weights_are_read_once_until_they_change(tiny, tmp_path):

@@ -167,7 +167,10 @@ def test_how_to_get_what_is_not_here():
     assert SHIPPED["shakespeare-deep"].command == (
         "nanogpt prepare char && nanogpt train --config configs/train/shakespeare_deep.toml"
     )
-    assert SHIPPED["shakespeare-finetune"].command.startswith("nanogpt prepare bpe && ")
+    assert SHIPPED["shakespeare-finetune"].command == (
+        "nanogpt fetch gpt2 && nanogpt prepare bpe --tokenizer-of gpt2 && "
+        "nanogpt train --config configs/train/shakespeare_finetune.toml"
+    )
     assert registry.unknown_character("gpt2", SHIPPED) == ""
 
 

@@ -185,6 +185,20 @@ def test_pinning_more_than_there_is_room_for_is_refused():
     assert "pinned a" in made.pin("b")
 
 
+def test_a_load_that_a_pin_makes_impossible_is_told():
+    """It was wanted for ever."""
+    made = residency(budget=10, held=["a"], a=4, b=8)
+    made.arrive("1", "a", 0.0, is_patient=False)
+    made.turn(0.0)
+    assert made.load("b") == ""
+    assert made.turn(0.0) == []  # it waits for the request
+    assert made.pin("a") == ""
+    assert made.turn(0.0) == []
+    assert not made.is_busy
+    (b,) = [s for s in made.status() if s.name == "b"]
+    assert (b.failures, "beside the pinned a" in b.problem) == (1, True)
+
+
 def test_an_operator_unloads_a_model_and_the_next_request_brings_it_back():
     made = residency(a=6, held=["a"])
     assert made.unload("a") == ""

@@ -281,6 +281,10 @@ class Residency:
             if model.deaths >= MOST_DEATHS:
                 self._blame(model, now, f"the ranks died {model.deaths} times while they loaded it")
                 model.wanted, model.deaths = None, 0
+            if model.wanted is not None and (problem := self._too_large(model)):
+                model.wanted = None  # something was pinned since an operator asked for it
+                model.failures += 1
+                model.problem = problem
         self._admit(now, only, actions)  # first: who has come must be served before it may go
         self._change(now, only, actions)
         self._admit(now, only, actions)

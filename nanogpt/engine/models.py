@@ -18,6 +18,7 @@ from nanogpt.errors import EngineError, StartupError
 from nanogpt.model.load import LoadedModel
 from nanogpt.ranks import Ranks
 from nanogpt.servable import servable
+from nanogpt.tokenizer import check_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,9 @@ class Models:
 
     def load(self, name: str) -> LoadedModel:
         """Raises CheckpointError, StartupError."""
-        return load(self._config, name, self._sources[name], self._device)
+        loaded = load(self._config, name, self._sources[name], self._device)
+        check_vocabulary(loaded.info.tokenizer)  # which the front end needs
+        return loaded
 
     def open(self, plan: Plan) -> tuple[dict[str, Engine], list[LoadedModel]]:
         """The engines to begin with, warmed up, and their models. Raises StartupError."""

@@ -11,12 +11,13 @@ import torch
 from nanogpt import registry
 from nanogpt.config import ServeConfig
 from nanogpt.engine.descriptions import Description, Descriptions
-from nanogpt.engine.setup import CPU_MOST, GIB
+from nanogpt.engine.setup import CPU_MOST, GIB, arithmetic
 from nanogpt.engine.sizes import Share, Size, share, size_of
 from nanogpt.errors import StartupError
 from nanogpt.model.load import LoadedModel
 from nanogpt.registry import ModelInfo
 from nanogpt.servable import check_pinned, servable
+from nanogpt.tokenizer import check_vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ class Planner:
         self._asked = [name for name, _ in registry.sources(config.models)]
         check_pinned(config, [*self._sources])
         self._descriptions = Descriptions(known)
-        self._how = f"{config.dtype} {device.type}"
+        self._how = f"{config.dtype} {device.type} {arithmetic(device)}"
+        self._cards = registry.read_cards()
         self.infos: dict[str, ModelInfo] = {}
         self.needs: dict[str, int] = {}
 
@@ -87,7 +89,8 @@ class Planner:
         """What was loaded to begin with, and its blocks of KV."""
         for model in loaded:
             name = model.info.name
-            description = self._descriptions.add(self._sources[name], self._how, model)
+            how = self._how_of(name)
+            description = self._descriptions.add(self._sources[name], how, model)
             size = self._size(description)
             self.infos[name] = model.info
             kv = blocks[name] * size.context // size.blocks_per_context
@@ -101,13 +104,19 @@ class Planner:
     def _size(self, each: Description) -> Size:
         return size_of(self._config, self._device, each.info, each.shape)
 
+    def _how_of(self, name: str) -> str:
+        """What beside the files decides what a model is."""
+        return f"{self._how} {registry.unknown_character(name, self._cards)!r}"
+
     def _describe(self) -> dict[str, Description]:
         """All models, but for broken ones that nobody asked for."""
         found = {}
         for name, source in self._sources.items():
             try:
                 load = functools.partial(self._load, name)
-                found[name] = self._descriptions.find(name, source, self._how, load)
+                each = self._descriptions.find(name, source, self._how_of(name), load)
+                check_vocabulary(each.info.tokenizer)
+                found[name] = each
             except StartupError as error:
                 if name in self._asked:
                     raise

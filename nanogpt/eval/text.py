@@ -11,7 +11,7 @@ from nanogpt.data.dataset import Dataset
 from nanogpt.data.prepare import decoded, read_file, split
 from nanogpt.errors import ConfigError, InvalidRequest
 from nanogpt.registry import ModelInfo
-from nanogpt.tokenizer import Tokenizer
+from nanogpt.tokenizer import BPETokenizer, Tokenizer
 
 Part = Literal["val", "train", "all"]
 PARTS = {"val": "the last 10 %", "train": "the first 90 %", "all": "all of it"}
@@ -32,8 +32,10 @@ def read(path: Path, part: Part, info: ModelInfo, tokenizer: Tokenizer) -> Text:
     whole = decoded(content, str(path))
     train, val = split(whole)
     text = {"train": train, "val": val, "all": whole}[part]
+    # As `nanogpt prepare` does: a special token that is written out is text.
+    encode = tokenizer.encode_ordinary if isinstance(tokenizer, BPETokenizer) else tokenizer.encode
     try:
-        tokens = np.array(tokenizer.encode(text), np.int64)
+        tokens = np.array(encode(text), np.int64)
     except InvalidRequest as error:
         raise ConfigError(f"{path}: {error.message.replace('the prompt', 'the text')}") from error
     return Text(tokens, path.name, hashlib.sha256(content).hexdigest())

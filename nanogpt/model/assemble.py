@@ -58,6 +58,7 @@ def assemble(
         raise CheckpointError(f"{where} lacks the tensor {missing[0]} ({len(missing)} in all)")
     if extra := sorted(readers.keys() - shapes.keys()):
         raise CheckpointError(f"{where} has a tensor {extra[0]} that is not one of GPT-2's")
+    dtype = resolve(wanted, (readers[name]().dtype for name in shapes))
     weights: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         tensor = readers[name]()
@@ -69,8 +70,6 @@ def assemble(
             raise CheckpointError(
                 f"{where}: {name} is of {tensor.dtype}; quantised weights are not supported"
             )
-        if not weights:  # the token embedding speaks for all
-            dtype = resolve(wanted, tensor.dtype)
         is_view = views and len(shape) == 2 and name.startswith("h.")
         weights[name] = tensor.to(device, dtype) if is_view else _own(tensor, dtype, device)
     return fill(model, weights)

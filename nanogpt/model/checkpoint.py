@@ -74,11 +74,16 @@ def save(
 def new_directory(target: Path) -> Iterator[Path]:
     """A directory to be filled, which gets its name only when it is complete. Raises
     CheckpointError when there is one of that name."""
-    if target.exists():
-        raise CheckpointError(f"{target} is there already: choose another name, or remove it")
+    check_new(target)
     with _beside(target) as temporary:
         yield temporary
         os.rename(temporary, target)
+
+
+def check_new(target: Path) -> None:
+    """Raises CheckpointError when there is one of that name."""
+    if target.exists():
+        raise CheckpointError(f"{target} is there already: choose another name, or remove it")
 
 
 @contextmanager
@@ -208,7 +213,7 @@ def _read_weights(
                     )
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"can't read {path} ({error}): copy or export it again") from error
-    dtype = resolve(wanted, weights["wte.weight"].dtype)
+    dtype = resolve(wanted, (tensor.dtype for tensor in weights.values()))
     return {name: tensor.to(device, dtype) for name, tensor in weights.items()}
 
 

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from nanogpt import registry
 from nanogpt.bpe_files import read_bpe_files
 from nanogpt.errors import CheckpointError, StartupError
 from nanogpt.model import checkpoint
-from nanogpt.model.dtypes import DTYPES
+from nanogpt.model.dtypes import DTYPES, as_stored
 from nanogpt.model.gpt import GPT
 from nanogpt.model.huggingface import CONV1D
 from nanogpt.model.load import LoadedModel, load_model
@@ -33,7 +32,7 @@ from nanogpt.tokenizer import gpt2_files
 
 
 def write_ours(loaded: LoadedModel, directory: Path) -> None:
-    """A checkpoint that needs nothing of its source; one that is there already is replaced."""
+    """A checkpoint that needs nothing of its source."""
     spec, files = loaded.info.tokenizer, {checkpoint.CARD: _card(loaded.info)}
     if spec.directory:
         files |= read_bpe_files(spec.directory).as_files()
@@ -53,8 +52,7 @@ def _card(info: ModelInfo) -> bytes:
 def write_hugging_face(loaded: LoadedModel, directory: Path) -> None:
     """A directory for transformers' AutoModelForCausalLM and AutoTokenizer.
 
-    Rows of padding are left out, and biases that the model lacks are written as zeros. Raises
-    CheckpointError when the directory is there already.
+    Rows of padding are left out, and biases that the model lacks are written as zeros.
     """
     with checkpoint.new_directory(directory) as temporary:
         weights = _their_names(loaded.model, loaded.info.vocab_size)
@@ -134,10 +132,6 @@ def _tokenizer_files(info: ModelInfo) -> dict[str, bytes]:
 WRITERS = {"ours": write_ours, "hf": write_hugging_face, "nanogpt": write_nanogpt}
 
 
-def _as_stored(found: torch.dtype) -> torch.dtype:
-    return found
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="nanogpt convert",
@@ -149,11 +143,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", choices=WRITERS, default="ours", help="format (ours)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (as they are)")
     options = parser.parse_args(argv)
-    dtype = DTYPES[options.dtype] if options.dtype else _as_stored
+    dtype = DTYPES[options.dtype] if options.dtype else as_stored
     try:
         _, source = registry.any_source(options.source)
         if options.out.is_file():
             raise CheckpointError(f"{options.out} is a file: give a directory to write")
+        checkpoint.check_new(options.out)
         loaded = load_model(source, options.out.name, dtype=dtype, device="cpu")
         WRITERS[options.to](loaded, options.out)
     except StartupError as error:

@@ -1,6 +1,7 @@
 """Types of weights and products: by name, and the best one for a device."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -10,9 +11,16 @@ WeightDtype = torch.dtype | Callable[[torch.dtype], torch.dtype]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def resolve(wanted: WeightDtype, stored: torch.dtype) -> torch.dtype:
-    """The type for weights that a file has as `stored`."""
-    return wanted if isinstance(wanted, torch.dtype) else wanted(stored)
+def resolve(wanted: WeightDtype, stored: Iterable[torch.dtype]) -> torch.dtype:
+    """The type for weights that a file has as `stored`: for the one that holds all of them."""
+    if isinstance(wanted, torch.dtype):
+        return wanted
+    return wanted(functools.reduce(torch.promote_types, stored))
+
+
+def as_stored(stored: torch.dtype) -> torch.dtype:
+    """The file's own: a WeightDtype for whoever wants to lose nothing."""
+    return stored
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:

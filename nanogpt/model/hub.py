@@ -1,11 +1,14 @@
 """Models by their name on the Hugging Face hub, in the cache that transformers uses as well."""
 
+import errno
 import hashlib
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from nanogpt.bpe_files import has_bpe_files
 from nanogpt.errors import CheckpointError
 from nanogpt.model.hub_blob import fetch_blob
 from nanogpt.weight_files import cached, is_complete
@@ -31,24 +34,48 @@ def find(name: str) -> Path:
     return directory
 
 
-def _download(name: str) -> Path:
-    import httpx  # a part of huggingface_hub
-    from huggingface_hub.errors import HFValidationError
+def add_tokenizer(directory: Path) -> None:
+    """Have the tokenizer's files beside the weights of a snapshot of the cache, which another
+    program may have left out. Raises CheckpointError when they can't be had."""
+    if has_bpe_files(directory) or directory.parent.name != "snapshots":
+        return
+    from huggingface_hub import snapshot_download
 
+    name = directory.parents[1].name.removeprefix("models--").replace("--", "/")
+    with _told(name):
+        snapshot_download(name, revision=directory.name, allow_patterns=_CONFIG)
+
+
+def _download(name: str) -> Path:
     log.info("%s is not in the cache: downloading it from the Hugging Face hub", name)
-    try:
+    with _told(name):
         directory = _snapshot(name)
-    except (OSError, httpx.HTTPError, HFValidationError) as error:
-        raise CheckpointError(
-            f"{name!r} is neither a path here, nor cached, nor to be had from the Hugging Face hub "
-            f"({type(error).__name__}): check the name and the network, or download it elsewhere "
-            "and give the directory, --model NAME=PATH"
-        ) from error
     if not is_complete(directory):
         raise CheckpointError(
             f"{name!r} was not downloaded completely ({directory}): check the network and the disk"
         )
     return directory
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """What goes wrong while something is downloaded, as one line."""
+    import httpx2  # what huggingface_hub speaks through
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        yield
+    except (OSError, httpx2.HTTPError, HFValidationError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise CheckpointError(
+                f"the disk is full while {name!r} is downloaded: make room, and the same command "
+                "goes on from here; HF_HOME says where the cache is"
+            ) from error
+        raise CheckpointError(
+            f"{name!r} is neither a path here, nor cached, nor to be had from the Hugging Face hub "
+            f"({type(error).__name__}): check the name and the network, or download it elsewhere "
+            "and give the directory, --model NAME=PATH"
+        ) from error
 
 
 def _snapshot(name: str) -> Path:

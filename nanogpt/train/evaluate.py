@@ -19,8 +19,10 @@ def evaluate(
     tokens: np.ndarray,
     windows: int = 0,
     autocast: Callable[[], AbstractContextManager[object]] | None = None,
+    vocab_size: int | None = None,
 ) -> float:
-    """Mean loss, in nats a token, over `windows` windows of a split (0: all of it)."""
+    """Mean loss, in nats a token, over `windows` windows of a split (0: all of it). Rows of the
+    embedding beyond `vocab_size` are padding, which no text has: they are left out."""
     was_training = model.training
     model.eval()
     device = model.wte.weight.device
@@ -34,6 +36,7 @@ def evaluate(
         else:
             with autocast():
                 logits = model(x, CausalAttend())
+        logits = logits[..., :vocab_size]
         total += F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), reduction="sum").item()
     model.train(was_training)
     return total / (len(starts) * block_size)

@@ -169,9 +169,10 @@ class Trainer:
 
     def _evaluate(self, log: report.LossLog, fraction: float, bar: tqdm) -> None:
         windows, cast = self.config.eval_windows, self.place.autocast
-        val = evaluate(self.model, self.data.val, windows, cast)
+        vocab_size = self.data.meta.vocab_size
+        val = evaluate(self.model, self.data.val, windows, cast, vocab_size)
         few = windows or (len(self.data.val) // self.model.config.block_size // 4 + 1)
-        train = evaluate(self.model, self.data.train, few, cast)
+        train = evaluate(self.model, self.data.train, few, cast, vocab_size)
         log.add(
             step=self.progress.step,
             tokens=self.tokens_per_step * self.progress.step,

@@ -1,5 +1,6 @@
 """One line of a batch: the same way as a request, behind everybody else's."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import msgspec
 from nanogpt.api import errors
 from nanogpt.api.admission import Admission
 from nanogpt.api.assemble import Assembler
-from nanogpt.api.backend import Cluster, LiveHandle
+from nanogpt.api.backend import Cluster
 from nanogpt.api.caller import Caller
 from nanogpt.api.errors import ClientGone
 from nanogpt.api.jobs.completions import BATCH_PRIORITY, behind
@@ -17,13 +18,15 @@ from nanogpt.api.jobs.gathered import Gathered
 from nanogpt.api.jobs.unattended import generate
 from nanogpt.api.jobs.whereabouts import Elsewhere, nowhere
 from nanogpt.api.metrics import Metrics
-from nanogpt.api.plan import Plan, make_plan, real_name
+from nanogpt.api.plan import make_plan, real_name
 from nanogpt.api.protocol import CompletionRequest, parse_completion, prompt_count
 from nanogpt.api.response import Collected, encode
 from nanogpt.errors import ApiError, InvalidRequest, Unavailable
 from nanogpt.registry import ModelCard
 
-RETRY_S = 0.5  # after a cluster that was full
+log = logging.getLogger(__name__)
+
+RETRY_S = 0.5  # after a cluster that was full, or had no room for the model
 GATHER_S = 0.25  # how often a line looks for tokens; its end is told at once
 
 
@@ -112,27 +115,25 @@ class LineRunner:
             BATCH_PRIORITY,
         )
         caller.admit_line(plan)
-        assembler, collected = Assembler(plan, tokenizer), Collected(plan)
-        handle = Gathered(self._submit(plan, stopped), GATHER_S)
 
         def is_over() -> bool:
             caller.check_still_allowed()
             return stopped()
 
-        try:
-            generate(plan, handle, assembler, collected, self._metrics, is_over)
-        except ClientGone:
-            raise Stopped from None
-        return encode(collected.completion(assembler, assembler.best(plan.completion.n)))
-
-    def _submit(self, plan: Plan, stopped: Callable[[], bool]) -> LiveHandle:
         while True:
+            assembler, collected = Assembler(plan, tokenizer), Collected(plan)
             try:
-                return self._cluster.submit(plan.request, is_patient=True)
-            except Unavailable:
-                if stopped():
+                handle = Gathered(self._cluster.submit(plan.request, is_patient=True), GATHER_S)
+                generate(plan, handle, assembler, collected, self._metrics, is_over)
+            except Unavailable as error:  # for now: the cluster or its memory is full
+                log.debug("a line of a batch waits: %s", error)
+                if is_over():
                     raise Stopped from None
                 time.sleep(RETRY_S)
+            except ClientGone:
+                raise Stopped from None
+            else:
+                return encode(collected.completion(assembler, assembler.best(plan.completion.n)))
 
 
 def choices(request: CompletionRequest) -> int:
