@@ -4,6 +4,8 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -63,6 +65,21 @@ def test_units_are_valid(role, tmp_path):
     )
     complaints = [line for line in done.stderr.splitlines() if unit.name in line]
     assert complaints == []
+
+
+@pytest.mark.parametrize(
+    "linter",
+    [
+        ["hadolint", "Dockerfile"],
+        ["check-jsonschema", "--builtin-schema", "vendor.compose-spec", "compose.yaml"],
+        ["kubernetes-validate", "--strict", "kubernetes.yaml"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_their_linters_have_no_word_against_them(linter):
+    command = [str(Path(sys.executable).with_name(linter[0])), *linter[1:]]
+    done = subprocess.run(command, cwd=DEPLOY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_images_take_their_roles():
