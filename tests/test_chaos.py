@@ -11,6 +11,7 @@ import pytest
 from nanogpt.chaos import load, processes, report
 from nanogpt.chaos.__main__ import parse
 from nanogpt.chaos.check import Books, violations
+from nanogpt.chaos.faults import FAULTS
 from nanogpt.chaos.history import Asked, Chunk, Ended, Expected, Fault, History, Sample, read
 from tests.server import ROOT
 from tests.test_e2e import wait_until
@@ -105,7 +106,11 @@ def reordered() -> list:
         (whole_answer(outcome="unreachable", status=0, chunks=[]), "somebody listened"),
         (refusal(retry_after=None), "Retry-After"),
         (refusal(code="tired"), "tired"),
+        (refusal(chunks=[Chunk(2.0, "<html>")]), "code ''"),
         (refusal(code="draining"), "accepted, and then refused"),
+        (refusal(ended=7.0), "accepted, and then dropped (overloaded) after 6.0 s"),
+        (refusal(code="starting", ended=7.0), "accepted, and then dropped (starting)"),
+        (refusal(429, "rate_limit_exceeded", ended=7.0), "accepted, and then dropped"),
         (whole_answer(number=1), "numbered"),
     ],
 )
@@ -124,6 +129,14 @@ def test_a_fault_excuses_only_what_it_can_cause():
     refused = refusal(code="draining", sent=1.0)
     assert found(refused, fault("drain", at=2.5))
     assert found(refused, fault("drain", at=1.2)) == []
+
+
+def test_a_late_refusal_is_excused_by_the_time_in_which_nobody_could_read():
+    late = refusal(code="starting", sent=1.0, ended=18.0)
+    assert found(late, fault("stop-frontend", at=2.0, healed=15.0)) == []
+    assert "dropped" in found(late, fault("stop-frontend", at=2.0, healed=12.0))[0]
+    assert "dropped" in found(late, fault("kill-rank", at=2.0, healed=15.0))[0]
+    assert "dropped" in found(late, fault("drain", at=0.5, healed=15.0))[0]
 
 
 def test_a_fault_that_was_not_waited_for_excuses_until_the_next_that_was():
@@ -189,6 +202,34 @@ def test_figures():
     assert "kill-rank" in report.table(report.figures(books))
 
 
+def test_outcomes_are_counted_with_their_reasons():
+    """ "0 lost" says little without how many were answered."""
+    gone = {"outcome": "unreachable", "status": 0, "chunks": []}
+    asked = [
+        whole_answer(),
+        streamed_answer(PIECES[:5], outcome="left"),
+        refusal(code="starting"),
+        refusal(429, "rate_limit_exceeded"),
+        streamed_answer(PIECES[:5], outcome="broken"),
+        whole_answer(sent=5.0, ended=5.0, **gone),
+        whole_answer(sent=40.0, ended=40.0, **gone),
+    ]
+    faults = [fault("kill-worker"), fault("drain", at=4.5, healed=6.0, number=1)]
+    result = report.figures(Books.of([EXPECTED, *asked, *faults, END]))
+    assert result["outcomes"] == {
+        "broken: kill-worker": 1,
+        "complete": 1,
+        "left": 1,
+        "refused: rate_limit_exceeded": 1,
+        "refused: starting": 1,
+        "unreachable": 1,
+        "unreachable: drain": 1,
+    }
+    shown = report.table(result)
+    assert "7 requests, of them" in shown
+    assert "      1 refused: starting" in shown
+
+
 def test_the_load_is_a_function_of_its_seed():
     bodies = [load.make_body(random.Random(f"{i}")) for i in range(300)]
     assert bodies == [load.make_body(random.Random(f"{i}")) for i in range(300)]
@@ -198,11 +239,11 @@ def test_the_load_is_a_function_of_its_seed():
 
 
 def test_a_short_run_loses_nothing(tmp_path):
-    """Every kind of fault but a hang once, with real processes; hangs are in test_failures.py."""
-    kinds = "kill-rank,kill-all,exit-rank,kill-torchrun,kill-master,stop-frontend,drain"
+    """Every kind of fault once, with real processes."""
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "nanogpt.chaos", "--faults", kinds, "--kills", "7"),
+            *(sys.executable, "-m", "nanogpt.chaos", "--duration", "240"),
+            *("--faults", ",".join(FAULTS), "--kills", str(len(FAULTS))),
             *("--templates", "10", "--requests-in-flight", "6", "--directory", str(tmp_path)),
         ],
         cwd=ROOT,
@@ -213,7 +254,7 @@ def test_a_short_run_loses_nothing(tmp_path):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["violations"] == 0
-    assert set(result["by_fault"]) == set(kinds.split(","))
+    assert set(result["by_fault"]) == set(FAULTS)
     assert result["outcomes"]["complete"] > 10
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from nanogpt.chaos.cluster import ChaosCluster
 
-LONGEST_STOP_S = 6.0  # for which the front end is stopped: past the watchdog's patience
+LONGEST_STOP_S = 15.0  # of the front end: past the watchdog's patience, and the leases of jobs
 
 
 class Injury(NamedTuple):
@@ -112,4 +112,6 @@ FAULTS: dict[str, Inject] = {
 BREAKING = frozenset({"kill-worker"})
 # The port has nobody behind it for a while, so that new requests may get no answer at all.
 ABSENT = BREAKING | {"kill-master", "drain"}
+# Who has been connected may wait meanwhile until anybody reads the request.
+UNREAD = BREAKING | {"kill-master", "stop-frontend"}
 DEFAULT = tuple(kind for kind in FAULTS if kind not in BREAKING)

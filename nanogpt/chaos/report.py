@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from itertools import pairwise
 from typing import Any
 
-from nanogpt.chaos.check import Books
+from nanogpt.chaos.check import Books, cause
 from nanogpt.chaos.history import Asked, Fault
 
 
@@ -45,7 +45,7 @@ def figures(books: Books) -> dict[str, Any]:
     ordered = sorted(books.faults, key=lambda fault: fault.number)
     clean = {f.number for f in ordered[:1]}
     clean |= {f.number for before, f in pairwise(ordered) if before.healed is not None}
-    outcomes = Counter(asked.outcome for asked in books.asked)
+    outcomes = Counter(_outcome(asked, books.faults) for asked in books.asked)
     done = [asked for asked in books.asked if asked.outcome == "complete"]
     return {
         "requests": len(books.asked),
@@ -55,6 +55,12 @@ def figures(books: Books) -> dict[str, Any]:
         "faults": len(books.faults),
         "by_fault": {kind: _of_kind(ones, books.asked, clean) for kind, ones in kinds.items()},
     }
+
+
+def _outcome(asked: Asked, faults: list[Fault]) -> str:
+    """And why, where that is known: "refused: starting", "broken: kill-worker"."""
+    why = cause(asked, faults)
+    return f"{asked.outcome}: {why}" if why else asked.outcome
 
 
 def _of_kind(faults: list[Fault], asked: list[Asked], clean: set[int]) -> dict[str, Any]:
@@ -83,7 +89,6 @@ def table(result: dict[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    outcomes = ", ".join(f"{count} {name}" for name, count in result["outcomes"].items())
-    return "\n".join(
-        [*lines, "(median/95th percentile/greatest)", f"{result['requests']} requests: {outcomes}"]
-    )
+    outcomes = [f"{count:>7} {name}" for name, count in result["outcomes"].items()]
+    requests = f"{result['requests']} requests, of them"
+    return "\n".join([*lines, "(median/95th percentile/greatest)", requests, *outcomes])
