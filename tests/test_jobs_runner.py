@@ -29,7 +29,7 @@ def running(store, execute, *, room=4, ready=lambda: True, size=1, **more):
         store,
         {"completion": execute},
         ready=ready,
-        size=lambda job: size,
+        size=size if callable(size) else lambda job: size,
         room=room,
         failed=lambda job, error: repr(error).encode(),
         **more,
@@ -139,9 +139,6 @@ def test_a_lost_lease_writes_nothing(store):
     lost, seen = threading.Event(), []
 
     def slow(lease: Lease) -> None:
-        if lease.job.fence > 1:
-            finish(lease)
-            return
         lost.wait(60)
         with pytest.raises(LeaseLost):
             lease.append([b"late"])
@@ -151,15 +148,91 @@ def test_a_lost_lease_writes_nothing(store):
             seen.append("lost")
             raise
 
-    with running(store, slow):
+    with running(store, slow, room=1):  # so that it claims no other in the background
         store.put(job("j"))
         wait_for(lambda: store.get("j").status == "in_progress")
         store.renew({"j": 1}, 0.0)  # as if it had run out
-        assert ended(store, "j").result == b"done"
+        another = store.claim(Lane.BATCH, 30.0, 0.0)
+        store.complete("j", another.fence, "completed", b"done")
         lost.set()
         wait_for(lambda: seen)
     assert store.get("j").result == b"done"
     assert store.read("j", 0)[1] == []
+
+
+def test_a_job_that_its_own_worker_claims_again_runs_once_at_a_time_and_is_renewed(
+    tmp_path, monkeypatch
+):
+    """The clock jumps beyond the lease: the old attempt notices that it has lost, then the new one
+    begins, whose lease is renewed although the old one ends after it was claimed."""
+    ahead_s, lease_s = [0.0], 0.6
+    store = SqliteStore(
+        tmp_path, max_queued=10, max_bytes=10**9, clock=lambda: time.time() + ahead_s[0]
+    )
+    at_once, fences, notice, go_on = [0, 0], [], threading.Event(), threading.Event()
+    claim = store.claim
+
+    def claim_late(*arguments):
+        if fences:
+            ahead_s[0] = 3600.0  # between the renewal and the claim
+        return claim(*arguments)
+
+    def silent(lease: Lease) -> None:
+        fences.append(lease.job.fence)
+        at_once[0] += 1
+        at_once[1] = max(at_once)
+        try:
+            (go_on if lease.job.fence > 1 else notice).wait(60)
+            lease.check()
+            finish(lease)
+        finally:
+            at_once[0] -= 1
+
+    monkeypatch.setattr(store, "claim", claim_late)
+    with running(store, silent, lease_s=lease_s):
+        store.put(job("j"))
+        wait_for(lambda: store.get("j").fence == 2)
+        time.sleep(2 * lease_s)  # it waits for the old one
+        assert store.get("j").fence == 2
+        notice.set()
+        wait_for(lambda: len(fences) == 2)
+        time.sleep(2 * lease_s)
+        assert store.get("j").fence == 2
+        go_on.set()
+        assert ended(store, "j").status == "completed"
+    store.close()
+    assert (fences, at_once) == ([1, 2], [0, 1])
+
+
+def test_a_job_whose_size_can_not_be_told_fails_with_the_reason(store):
+    """It was accepted by another version."""
+
+    def size(job) -> int:
+        raise ValueError("a plan of tomorrow")
+
+    with running(store, finish, size=size) as runner:
+        store.put(job("j"))
+        found = ended(store, "j")
+        wait_for(lambda: runner.running == 0)
+    assert (found.status, found.result) == ("failed", b"ValueError('a plan of tomorrow')")
+
+
+def test_an_attempt_without_a_thread_counts_and_is_not_renewed(store, monkeypatch):
+    """Its lease runs out, and whoever has threads takes it."""
+    real, refuse = threading.Thread.start, [True]
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "j" and refuse[0]:
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with running(store, finish, lease_s=0.2) as runner:
+        store.put(job("j"))
+        wait_for(lambda: store.get("j").tries == 2)
+        assert runner.running == 0
+        refuse[0] = False
+        assert ended(store, "j").status == "completed"
 
 
 def test_leases_are_renewed(store):
@@ -190,7 +263,8 @@ def test_a_drain_puts_work_back_but_lets_those_who_wait_finish(store):
         ended(store, "now")
         store.put(job("later"))
         time.sleep(0.2)
-        assert store.get("later").status == "queued"
+        assert runner.running == 0
+        assert store.claim(Lane.BATCH, 30.0, 5.0).id == "later"  # as above
 
 
 def test_what_has_expired_is_swept(store):

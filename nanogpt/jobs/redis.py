@@ -12,12 +12,13 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from nanogpt.jobs import redis_scripts as scripts
 from nanogpt.jobs.redis_link import Link, MaybeDone, pairs, text
+from nanogpt.jobs.runner import Lease, LeaseLost
 from nanogpt.jobs.store import (
     CROWDED,
     SWEEP_JOBS,
@@ -42,6 +43,14 @@ SURE_S = 25.0  # how long such a write is tried; the lease has nearly run out by
 
 _jobs = msgspec.msgpack.Decoder(Job)
 _encode = msgspec.msgpack.Encoder().encode
+
+
+class Part(NamedTuple):
+    """Content of a file on its way: the list P:part:NAME."""
+
+    name: str
+    pieces: int
+    bytes: int
 
 
 class RedisStore:
@@ -129,6 +138,16 @@ class RedisStore:
                     raise
 
     def put(self, job: Job) -> Job:
+        return self._put(job)
+
+    def put_file(self, job: Job, part: Part, lease: Lease | None) -> Job:
+        """Accept a file's job, as `put` does, together with its content; under the lease of the
+        job that made it, if one did. Raises LeaseLost; StoreUnavailable also when the content is
+        no longer whole. The part is gone either way."""
+        maker, fence = ("", 0) if lease is None else (lease.job.id, lease.job.fence)
+        return self._put(job, *part, maker, fence)
+
+    def _put(self, job: Job, *content: str | int) -> Job:
         spec = _encode(job)
         answer = self._surely(
             scripts.PUT,
@@ -144,10 +163,15 @@ class RedisStore:
             len(spec) + OVERHEAD_BYTES,
             self._max_queued,
             self._max_bytes,
+            *content,
         )
         if answer is None:
             return job
         found, more = answer
+        if found == b"lost":
+            raise LeaseLost(job.id)
+        if found == b"part":
+            raise StoreUnavailable("sending the file took too long; try again", retry_after=5)
         if found == b"queued":
             raise too_many(more, self._max_queued)
         if found == b"bytes":
@@ -166,6 +190,8 @@ class RedisStore:
             if left <= 0:
                 return None
             self._wait(self._key("wake"), answer, left)
+            if time.monotonic() >= end:
+                return None
 
     def _wait(self, stream: str, last: bytes | str, seconds: float) -> None:
         """For an entry after the last one that is known."""

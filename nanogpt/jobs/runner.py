@@ -1,7 +1,11 @@
 """Works on the jobs of a store: claims what there is room for, renews leases, lets go at the end.
 
-dispatcher thread   claims, starts a thread for each job, renews the leases of all
+dispatcher thread   renews the leases of all, claims, starts a thread for each job
 a thread for a job  the executor of its kind, with a Lease
+
+When this process stood still for longer than a lease, or the clock jumped, it may claim a job that
+it is working on. Then the new thread waits until the old one has noticed its loss, and goes on from
+what is kept: a job never runs twice at once here.
 """
 
 import contextlib
@@ -9,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from nanogpt.errors import Unavailable
 from nanogpt.jobs.store import Job, Kind, Lane, Status, Store, StoreUnavailable
@@ -110,6 +115,12 @@ Executor = Callable[[Lease], None]
 the job."""
 
 
+class _Running(NamedTuple):
+    lease: Lease
+    size: int  # in choices
+    thread: threading.Thread
+
+
 class Runner:
     """`room` says how many choices more may be worked on; `size` how many a job has; `failed` makes
     the result of a job that ended in an error. `room_now` limits those for which somebody waits,
@@ -132,7 +143,7 @@ class Runner:
         self._size, self._room, self._failed, self._on_swept = size, room, failed, on_swept
         self._lease_s, self._room_now = lease_s, room_now
         self._lock = threading.Lock()
-        self._running: dict[str, tuple[Lease, int]] = {}
+        self._running: dict[str, _Running] = {}  # their leases are renewed
         self._threads: set[threading.Thread] = set()
         self._end_at = {lane: float("inf") for lane in Lane}
         self._claiming = True
@@ -182,15 +193,15 @@ class Runner:
 
     def _turn(self) -> None:
         now = time.monotonic()
+        if now >= self._renew_at:  # before all else: what has run out is claimed by anybody
+            with self._lock:
+                held = {job_id: its.lease.job.fence for job_id, its in self._running.items()}
+            self._store.renew(held, self._lease_s)
+            self._renew_at = now + self._lease_s / 3
         if now >= self._sweep_at:
             gone = self._store.sweep()
             self._on_swept(gone)
             self._sweep_at = now if gone else now + SWEEP_S
-        if now >= self._renew_at:
-            with self._lock:
-                held = {job_id: lease.job.fence for job_id, (lease, _) in self._running.items()}
-            self._store.renew(held, self._lease_s)
-            self._renew_at = now + self._lease_s / 3
         if not self._claiming or not self._ready():
             self._stop.wait(0.1)
             return
@@ -211,29 +222,61 @@ class Runner:
         """The last lane that there is room for. Those for which somebody waits are never held up
         by the others."""
         with self._lock:
-            jobs = [lease.job for lease, _ in self._running.values()]
-            total = sum(n for _, n in self._running.values())
-            used = sum(n for lease, n in self._running.values() if lease.job.lane != Lane.NOW)
+            sizes = [(its.lease.job.lane, its.size) for its in self._running.values()]
+        total = sum(size for _, size in sizes)
+        used = sum(size for lane, size in sizes if lane != Lane.NOW)
         if total - used >= self._room_now:
             return None
         if used >= self._room:
             return Lane.NOW
-        batches = sum(job.lane == Lane.BATCH for job in jobs)
+        batches = sum(lane == Lane.BATCH for lane, _ in sizes)
         return Lane.BACKGROUND if batches >= MAX_BATCHES else Lane.BATCH
 
     def _begin(self, job: Job) -> None:
         lease = Lease(self._store, job, lambda: time.monotonic() > self._end_at[job.lane])
-        thread = threading.Thread(target=self._work, args=(lease,), name=job.id, daemon=True)
+        size, problem = self._measure(job)
         with self._lock:
-            self._running[job.id] = (lease, self._size(job))
+            before = self._running.get(job.id)
+            thread = threading.Thread(
+                target=self._work,
+                args=(lease, before and before.thread, problem),
+                name=job.id,
+                daemon=True,
+            )
+            self._running[job.id] = _Running(lease, size, thread)
             self._threads.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except BaseException:  # nobody renews it any more, so that this counts as an attempt
+            self._forget(lease, thread)
+            raise
+
+    def _measure(self, job: Job) -> tuple[int, Exception | None]:
+        """How many choices it has, or why that can't be told: another version accepted it."""
+        try:
+            return self._size(job), None
+        except Exception as error:
+            return 0, error
+
+    def _forget(self, lease: Lease, thread: threading.Thread) -> None:
+        with self._lock:
+            its = self._running.get(lease.job.id)
+            if its is not None and its.lease is lease:  # it may have been claimed again
+                del self._running[lease.job.id]
+            self._threads.discard(thread)
 
     # A job's thread
 
-    def _work(self, lease: Lease) -> None:
+    def _work(
+        self, lease: Lease, before: threading.Thread | None, problem: Exception | None
+    ) -> None:
         job = lease.job
         try:
+            if before is not None:
+                before.join()
+                lease.check()  # that may have taken long
+            if problem is not None:
+                raise problem
             if job.tries > MAX_TRIES:
                 raise RuntimeError(f"{job.tries - 1} attempts ended without any progress")
             self._executors[job.kind](lease)
@@ -244,9 +287,7 @@ class Runner:
         except Exception as error:
             self._fail(lease, error)
         finally:
-            with self._lock:
-                self._running.pop(job.id, None)
-                self._threads.discard(threading.current_thread())
+            self._forget(lease, threading.current_thread())
 
     def _put_back(self, lease: Lease, error: Exception) -> None:
         log.info("job %s goes back to the queue: %s", lease.job.id, error)

@@ -127,7 +127,7 @@ class SqliteStore:
                 if self._claimable(last) and (job := self._claim(last, lease_s)) is not None:
                     return job
                 left = end - time.monotonic()
-                if left <= 0 or not news.wait(left):
+                if left <= 0 or not news.wait(left) or time.monotonic() >= end:
                     return None
 
     _CLAIM = (

@@ -109,7 +109,8 @@ class Store(Protocol):
 
     def claim(self, last: Lane, lease_s: float, timeout_s: float) -> Job | None:
         """Take the first job of the lanes up to `last` that is queued or whose lease has run out,
-        after waiting up to `timeout_s` seconds for one."""
+        after waiting up to `timeout_s` seconds for one. Nothing is taken later than that: who
+        waited renews what it holds first, should the wait have been a long pause."""
 
     def renew(self, held: Mapping[str, int], lease_s: float) -> dict[str, Verdict]:
         """Prolong leases, given as fences by job id. 0 seconds give the jobs back to the queue."""
