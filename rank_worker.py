@@ -35,7 +35,7 @@ def serve(config: ServeConfig, ranks: Ranks, run_dir: RunDir, life: respawn.Life
     from nanogpt.cluster.transport import ControlLink
     from nanogpt.engine.models import Models
     from nanogpt.engine.plan import Plan, Planner
-    from nanogpt.engine.setup import arithmetic, choose_device
+    from nanogpt.engine.setup import arithmetic, choose_device, models_budget
 
     try:
         group = open_group(ranks, config.cluster.node_wait_s)
@@ -44,7 +44,8 @@ def serve(config: ServeConfig, ranks: Ranks, run_dir: RunDir, life: respawn.Life
         models = Models(config, ranks, device)
         planner, word = None, b""
         if ranks.rank == 0:
-            planner = Planner(config, device, run_dir.descriptions, models.load)
+            budget = models_budget(config, ranks, device)
+            planner = Planner(config, device, run_dir.descriptions, models.load, budget)
             plan = planner.plan(run_dir.models("resident"), run_dir.models("pinned") or ())
             word = plan.encode()
         engines, loaded = models.open(Plan.decode(broadcast.tell(word)))

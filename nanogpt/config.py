@@ -58,7 +58,8 @@ class ResidencyConfig(Section, frozen=True, kw_only=True):
 
     # Of weights and KV together, on each rank; 0: all models stay. With a limit, models of
     # configs/models/ whose weights are here are served as well, and models come and go.
-    memory_gib: Annotated[float, Meta(ge=0)] = 0.0
+    # "auto": most of what the device has free at the start.
+    memory_gib: Annotated[float, Meta(ge=0)] | Literal["auto"] = 0.0
     wait_s: Seconds = 120.0  # a request whose model is not in memory by then is answered 503
     pinned: tuple[str, ...] = ()  # these never go
 

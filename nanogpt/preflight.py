@@ -76,8 +76,12 @@ def check_memory(config: ServeConfig, sources: Sequence[tuple[str, str]], ranks:
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     sizes = {name: registry.estimate_memory(source, dtype) or 0 for name, source in sources}
     free = process.available_memory()
-    if limit := config.residency.memory_gib:
-        servable.check_weights(config, sizes)
+    limit = config.residency.memory_gib
+    if limit == "auto":
+        servable.check_weights(free // ranks, sizes)
+        return
+    if limit:
+        servable.check_weights(int(limit * GIB), sizes)
         if ranks * limit * GIB > free:
             raise StartupError(
                 f"residency.memory_gib is {limit:g} for each of {ranks} ranks, and "

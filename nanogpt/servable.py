@@ -30,14 +30,13 @@ def check_pinned(config: ServeConfig, names: Sequence[str]) -> None:
             )
 
 
-def check_weights(config: ServeConfig, sizes: Mapping[str, int]) -> None:
+def check_weights(limit: int, sizes: Mapping[str, int]) -> None:
     """Raises StartupError when the weights of a model that was asked for, in bytes, are more than
     the memory of all models."""
-    limit = config.residency.memory_gib * GIB
     for name, size in sizes.items():
-        if limit and size > limit:
+        if size > limit:
             raise StartupError(
-                f"the weights of {name!r} take {size / GIB:.2f} GiB, and residency.memory_gib is "
-                f"{config.residency.memory_gib:g}: raise it, use a smaller dtype, or leave the "
-                "model out"
+                f"the weights of {name!r} take {size / GIB:.2f} GiB, and there are "
+                f"{limit / GIB:.3g} GiB for models (residency.memory_gib): raise that, use a "
+                "smaller dtype, or leave the model out"
             )

@@ -13,7 +13,7 @@ from nanogpt.config import ServeConfig, convert
 from nanogpt.engine.descriptions import Descriptions
 from nanogpt.engine.models import Models
 from nanogpt.engine.plan import Planner
-from nanogpt.engine.setup import GIB
+from nanogpt.engine.setup import GIB, models_budget
 from nanogpt.engine.sizes import LEAST_CONTEXTS, Size, share
 from nanogpt.errors import CheckpointError, ConfigError, StartupError
 from nanogpt.ranks import Ranks
@@ -74,7 +74,8 @@ def config_of(tiny, **residency) -> ServeConfig:
 
 
 def planner(config: ServeConfig, tmp_path) -> Planner:
-    return Planner(config, CPU, tmp_path / "known", Models(config, ALONE, CPU).load)
+    budget = models_budget(config, ALONE, CPU)
+    return Planner(config, CPU, tmp_path / "known", Models(config, ALONE, CPU).load, budget)
 
 
 def test_it_begins_with_what_fits_pinned_ones_first(tiny, tmp_path):
@@ -104,6 +105,19 @@ def test_too_large_a_model_and_too_many_pinned_ones_are_refused_at_the_start(tin
         planner(config_of(tiny, memory_gib=0.028, pinned=both), tmp_path).plan(None, ())
     with pytest.raises(ConfigError, match="'gpt5', which is not served"):
         planner(config_of(tiny, pinned=["gpt5"]), tmp_path)
+
+
+def test_what_the_device_has_may_be_the_limit(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "available_memory", lambda: 37_000_000)
+    config = config_of(tiny, memory_gib="auto")
+    made = planner(config, tmp_path)
+    assert made.budget == 29_600_000
+    assert made.plan(None, ()).begin_with == ("shakespeare-char",)  # the other comes when asked for
+    assert [*made.infos] == ["shakespeare-char", "tiny"]
+    assert models_budget(config, ALONE._replace(local_world_size=2), CPU) == made.budget // 2
+    preflight.check_memory(config, [("tiny", str(tiny))], ranks=1)
+    with pytest.raises(StartupError, match="weights of 'tiny'"):
+        preflight.check_memory(config, [("tiny", str(tiny))], ranks=4000)
 
 
 def test_preflight_compares_with_what_the_machine_has(tiny, monkeypatch):

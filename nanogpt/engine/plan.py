@@ -48,9 +48,12 @@ class Planner:
         device: torch.device,
         known: Path,
         load: Callable[[str], LoadedModel],
+        budget: int,
     ) -> None:
-        """`known` is where descriptions are kept. Raises ConfigError."""
+        """`known` is where descriptions are kept, `budget` are the bytes for all models in memory
+        (0: no limit). Raises ConfigError."""
         self._config, self._device, self._load = config, device, load
+        self.budget = budget
         self._sources = dict(servable(config))
         self._asked = [name for name, _ in registry.sources(config.models)]
         check_pinned(config, [*self._sources])
@@ -59,11 +62,6 @@ class Planner:
         self._cards = registry.read_cards()
         self.infos: dict[str, ModelInfo] = {}
         self.needs: dict[str, int] = {}
-
-    @property
-    def budget(self) -> int:
-        """Bytes for all models in memory; 0: no limit."""
-        return int(self._config.residency.memory_gib * GIB)
 
     def plan(self, held: Sequence[str] | None, pinned: Sequence[str]) -> Plan:
         """`held` are the models that an earlier group had in memory, if there was one. Raises
@@ -138,11 +136,11 @@ class Planner:
                 continue
             problem = (
                 f"the model {name!r} takes {size.weights / GIB:.2f} GiB of weights and "
-                f"{size.context / GIB:.2f} GiB for one context, and residency.memory_gib is "
-                f"{self._config.residency.memory_gib:g}"
+                f"{size.context / GIB:.2f} GiB for one context, and there are "
+                f"{self.budget / GIB:.3g} GiB for models (residency.memory_gib)"
             )
             if name in self._asked:
-                raise StartupError(f"{problem}: raise it, use a smaller dtype, or leave it out")
+                raise StartupError(f"{problem}: raise that, use a smaller dtype, or leave it out")
             log.warning("%s is not offered: %s", name, problem)
         return fitting
 
@@ -152,8 +150,8 @@ class Planner:
         if self.budget and needed > self.budget:
             raise StartupError(
                 f"the pinned models {', '.join(names)} take {needed / GIB:.2f} GiB together, and "
-                f"residency.memory_gib is {self._config.residency.memory_gib:g}: raise it, or pin "
-                "fewer"
+                f"there are {self.budget / GIB:.3g} GiB for models (residency.memory_gib): raise "
+                "that, or pin fewer"
             )
 
     def _first(self, wanted: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from nanogpt.model.load import LoadedModel, load_model
 from nanogpt.ranks import Ranks
 
 GIB = 2**30
+MODELS_SHARE = 0.8  # of a device's free memory, for all models, if nothing else is said
 CPU_SHARE = 0.4  # of the memory that is free after loading, for KV
 CPU_MOST = 2 * GIB  # planned for a rank on a CPU: more would not make it faster
 
@@ -71,6 +72,18 @@ def load(config: ServeConfig, name: str, source: str, device: torch.device) -> L
     return load_model(
         source, name, dtype=dtype, device=device, int8=int8, unknown=unknown, packing=packing
     )
+
+
+def models_budget(config: ServeConfig, ranks: Ranks, device: torch.device) -> int:
+    """Bytes on each rank for weights and KV of all models that are in memory; 0: no limit. Ask
+    before anything is loaded."""
+    wanted = config.residency.memory_gib
+    if wanted != "auto":
+        return int(wanted * GIB)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * MODELS_SHARE)
+    return int(process.available_memory() * MODELS_SHARE / ranks.local_world_size)
 
 
 def kv_budget(
