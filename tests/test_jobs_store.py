@@ -366,6 +366,22 @@ def test_a_store_that_is_full_takes_no_more(open_store):
     store.close()
 
 
+def test_records_that_are_forgotten_make_room(open_store):
+    """Batches used all of it up, one after the other, for ever."""
+    store = open_store(max_bytes=2_000_000)
+    for i in range(3):
+        store.put(job(f"j{i}"))
+        fence = claim(store).fence
+        store.append(f"j{i}", fence, [bytes(500_000)] * 2)
+        store.complete(
+            f"j{i}", fence, "completed", b"", records=[bytes(500_000)], forget_records=True
+        )
+    store.put(job("none"))
+    assert store.complete("none", claim(store).fence, "completed", b"", forget_records=True)
+    store.put(job("more"))
+    store.close()
+
+
 def test_repeats_make_room_for_what_was_promised(open_store, clock):
     store = open_store(max_bytes=2_000_000)
     for name, lane in (("promised", Lane.BACKGROUND), ("repeat1", Lane.NOW), ("repeat2", Lane.NOW)):

@@ -17,9 +17,10 @@ from typing import BinaryIO
 import msgspec
 
 from nanogpt.errors import NotFound, PayloadTooLarge, Unavailable
+from nanogpt.jobs.runner import Lease
 from nanogpt.jobs.store import Job, Lane, Store, StoreUnavailable
 
-_PARTIAL = ".partial"
+PARTIAL = ".partial"  # what content is named while it is written
 
 
 class FileInfo(msgspec.Struct, frozen=True):
@@ -38,7 +39,7 @@ class Upload:
         self._hash = hashlib.sha256()
         self.bytes = 0
         try:
-            fd, name = tempfile.mkstemp(dir=directory, suffix=_PARTIAL)
+            fd, name = tempfile.mkstemp(dir=directory, suffix=PARTIAL)
         except OSError as error:
             raise unavailable(error) from error
         self.path = Path(name)
@@ -98,7 +99,7 @@ class Files:
     def _clean_up(self) -> int:
         kept = 0
         for path in self._directory.iterdir():
-            if path.suffix == _PARTIAL or self._store.get(path.name) is None:
+            if path.suffix == PARTIAL or self._store.get(path.name) is None:
                 path.unlink(missing_ok=True)
             else:
                 kept += path.stat().st_size
@@ -125,9 +126,11 @@ class Files:
         once: str = "",
         digest: bytes = b"",
         file_id: str = "",
+        lease: Lease | None = None,
     ) -> Job:
         """Keep what was uploaded. Returns the file's job, or the earlier one that has the name in
-        `once`. Raises Unavailable, and then nothing is kept."""
+        `once` or the same `file_id`: that keeps its content. Raises Unavailable, and then nothing
+        is kept; with the `lease` of a job that makes the file also LeaseLost and PutBack."""
         upload.sync()
         now = self._clock()
         job = Job(
@@ -143,6 +146,13 @@ class Files:
             status="completed",
             finished=now,
         )
+        return self._put(upload, job, lease)
+
+    def _put(self, upload: Upload, job: Job, lease: Lease | None) -> Job:
+        if lease is not None:
+            lease.check()
+            if (known := self._store.get(job.id)) is not None:  # of an earlier attempt
+                return known
         self._keep(upload, job.id)
         try:
             stored = self._store.put(job)

@@ -13,6 +13,10 @@ Keys below the prefix P (KEYS[1], braces included, so that a Redis cluster keeps
     P:name:NAME    string   the job with this idempotency name
     P:counts       hash     jobs by "LANE:STATUS"
     P:number, P:bytes       the last job's number; bytes of all jobs
+    P:content:ID   list     the content of a file in pieces; it is there as long as the file's job
+    P:part:NAME    list     content on its way; goes away by itself
+    P:contents     hash     bytes of content, by file
+    P:file-bytes   string   of all content
     P:wake         stream   its last entry changes whenever there may be something to claim
 
 ARGV[1] is empty, or the time for tests: all servers go by the clock of Redis. A lease that ran out
@@ -85,6 +89,7 @@ local function add(id, first, last, state)
     for i = first, last do
         number = number + 1
         redis.call('XADD', records(id), string.format('0-%d', number), 'd', ARGV[i])
+        redis.call('HINCRBY', job(id), 'recorded', #ARGV[i] + 32)
         grow(id, #ARGV[i] + 32)
     end
     redis.call('HSET', job(id), 'records', number, 'tries', 0)
@@ -92,6 +97,11 @@ local function add(id, first, last, state)
         grow(id, #state - #(field(id, 'state') or ''))
         redis.call('HSET', job(id), 'state', state)
     end
+end
+local function forget_records(id)
+    redis.call('UNLINK', records(id))
+    grow(id, 0 - tonumber(field(id, 'recorded') or 0))  -- no "-0"
+    redis.call('HDEL', job(id), 'recorded')
 end
 local function expire(id)
     local keep, lane = unpack(redis.call('HMGET', job(id), 'keep', 'lane'))
@@ -118,7 +128,13 @@ local function forget(id)
     end
     local name = P .. ':name:' .. found[4]
     if redis.call('GET', name) == id then redis.call('DEL', name) end
-    redis.call('DEL', job(id), records(id))
+    redis.call('UNLINK', job(id), records(id))
+    local size = found[1] == 'file' and redis.call('HGET', P .. ':contents', id)
+    if size then
+        redis.call('HDEL', P .. ':contents', id)
+        redis.call('DECRBY', P .. ':file-bytes', size)
+        redis.call('UNLINK', P .. ':content:' .. id)
+    end
     return 1
 end
 local function named(once)
@@ -132,27 +148,53 @@ end
 """
 )
 
-# ARGV: id, kind, owner, lane, created, keep, once, status, spec, size, most queued, most bytes.
-# Returns nil; or 'known' and the fields of the job that is there already; or what there is too much
-# of.
+# ARGV: id, kind, owner, lane, created, keep, once, status, spec, size, most queued, most bytes; of
+# a file also the name, pieces and bytes of its content, and the id and fence of the job that makes
+# it ("" for none). Returns nil; or 'known' and the fields of the job that is there already; or why
+# it is not accepted: what there is too much of, 'part' when the content is not whole, 'lost' when
+# the lease is.
 PUT = (
     COMMON
     + """
 local id, kind, owner, lane, created, keep, once, status, spec, size, most, bytes =
     unpack(ARGV, 2, 13)
-if redis.call('EXISTS', job(id)) == 1 then return {'known', whole(id)} end
-local known = named(once)
-if known then return {'known', whole(known)} end
-if status == 'queued' then
-    local open = 0
-    local counts = redis.call('HGETALL', P .. ':counts')
-    for i = 1, #counts, 2 do
-        local state = counts[i]:match(':(.*)')
-        if state == 'queued' or state == 'in_progress' then open = open + counts[i + 1] end
+local part, pieces, content, maker, fence = unpack(ARGV, 14, 18)
+local function refused()
+    if redis.call('EXISTS', job(id)) == 1 then return {'known', whole(id)} end
+    local known = named(once)
+    if known then return {'known', whole(known)} end
+    if status == 'queued' then
+        local open = 0
+        local counts = redis.call('HGETALL', P .. ':counts')
+        for i = 1, #counts, 2 do
+            local state = counts[i]:match(':(.*)')
+            if state == 'queued' or state == 'in_progress' then open = open + counts[i + 1] end
+        end
+        if open >= tonumber(most) then return {'queued', open} end
     end
-    if open >= tonumber(most) then return {'queued', open} end
+    if tonumber(redis.call('GET', P .. ':bytes') or 0) > tonumber(bytes) then
+        return {'bytes', 0}
+    end
+    if not part then return nil end
+    if maker ~= '' and verdict(maker, fence) == 'lost' then return {'lost', 0} end
+    if redis.call('LLEN', P .. ':part:' .. part) ~= tonumber(pieces) then return {'part', 0} end
+    return nil
 end
-if tonumber(redis.call('GET', P .. ':bytes') or 0) > tonumber(bytes) then return {'bytes', 0} end
+local answer = refused()
+if answer then
+    if part then redis.call('UNLINK', P .. ':part:' .. part) end
+    return answer
+end
+if part then
+    local key = P .. ':content:' .. id
+    redis.call('UNLINK', key)
+    if tonumber(pieces) > 0 then
+        redis.call('RENAME', P .. ':part:' .. part, key)
+        redis.call('PERSIST', key)
+    end
+    redis.call('HSET', P .. ':contents', id, content)
+    redis.call('INCRBY', P .. ':file-bytes', tonumber(content))
+end
 local number = redis.call('INCR', P .. ':number')
 redis.call('HSET', job(id), 'spec', spec, 'number', number, 'kind', kind, 'owner', owner,
     'lane', lane, 'created', created, 'keep', keep, 'once', once, 'status', status,
@@ -230,7 +272,7 @@ local id, fence, token = ARGV[2], ARGV[3], ARGV[4]
 if redis.call('EXISTS', job(id)) == 1 and field(id, 'token') == token then return 1 end
 if verdict(id, fence) == 'lost' then return 0 end
 add(id, 10, #ARGV, ARGV[5] == '1' and ARGV[6] or nil)
-if ARGV[9] == '1' then redis.call('DEL', records(id)) end
+if ARGV[9] == '1' then forget_records(id) end
 finish(id, ARGV[7], ARGV[8])
 redis.call('HSET', job(id), 'token', token)
 return 1

@@ -5,6 +5,9 @@ results. A result is kept once, under the batch's lease; after a restart lines t
 skipped. So each line has exactly one, whatever was killed in between. Lines for models that only
 another cluster has are left out, and the batch goes back for that one to take when the rest is
 done.
+
+Once a batch is finalizing, its files follow from what is kept: whoever writes them writes the same,
+and only whoever holds the lease.
 """
 
 import logging
@@ -37,6 +40,17 @@ CHECK_LINES = 1000  # validated between two looks
 MAX_UNKEPT = 10_000  # results that wait for a store that is not there
 
 OUTPUT, ERRORS = "output", "error"
+
+INPUT_GONE = BatchError(
+    "input_file_gone",
+    "the input file was deleted, or expired, before the batch had read all of it; results that "
+    "there were by then are in the files of the batch",
+    param="input_file_id",
+)
+
+
+class InputGone(Exception):
+    """The rest of the input file can't be read any more."""
 
 
 class Room:
@@ -81,7 +95,12 @@ class BatchExecutor:
         if state.phase == "validating" and not self._validate(lease, state):
             return
         run = _Run(lease, state, self._runner, self._room)
-        run.feed(self._lines(lease.job), self._clock)
+        if state.phase == "in_progress":
+            run.feed(self._lines(lease.job), self._clock)
+            state.phase, state.finalizing = "finalizing", self._clock()
+            state.expired = run.expired
+            state.errors = [INPUT_GONE] if run.input_gone and not run.complete else []
+            lease.append([], batches.encode(state))
         self._finish(lease, state, run)
 
     # Validating
@@ -96,8 +115,8 @@ class BatchExecutor:
                 if validation.full:
                     break
             errors = validation.finish()
-        except NotFound as error:
-            errors = [BatchError("input_file_gone", error.message, param="input_file_id")]
+        except InputGone:
+            errors = [INPUT_GONE]
         if errors:
             state.errors = errors
             lease.complete("failed", b"", state=batches.encode(state))
@@ -108,15 +127,16 @@ class BatchExecutor:
         return True
 
     def _lines(self, job: Job) -> Iterator[tuple[int, bytes]]:
-        with self._files.open(batches.spec_of(job.request).input_file_id) as file:
-            yield from batches.numbered_lines(file, self._max_line_bytes)
+        """Raises InputGone."""
+        try:
+            with self._files.open(batches.spec_of(job.request).input_file_id) as file:
+                yield from batches.numbered_lines(file, self._max_line_bytes)
+        except NotFound:
+            raise InputGone from None
 
     # The end
 
     def _finish(self, lease: Lease, state: BatchState, run: "_Run") -> None:
-        state.phase, state.finalizing = "finalizing", self._clock()
-        lease.append([], batches.encode(state))
-        state.expired = run.expired
         with ExitStack() as stack:
             uploads = {kind: self._files.upload(of_client=False) for kind in (OUTPUT, ERRORS)}
             for upload in uploads.values():
@@ -124,34 +144,38 @@ class BatchExecutor:
             for record in lease.each_record():
                 found = batches.result(record)
                 uploads[OUTPUT if found.ok else ERRORS].write(found.text + b"\n")
-            for text in self._left_over(lease, run):
-                state.failed += 1
-                uploads[ERRORS].write(text + b"\n")
+            try:
+                for text in self._left_over(lease, state, run):
+                    state.failed += 1
+                    uploads[ERRORS].write(text + b"\n")
+            except InputGone:
+                state.errors = [INPUT_GONE]
             for kind, upload in uploads.items():
                 if upload.bytes:
-                    setattr(state, f"{kind}_file_id", self._add(lease.job, kind, upload))
-        status: Status = "cancelled" if lease.cancelled and not run.complete else "completed"
+                    setattr(state, f"{kind}_file_id", self._add(lease, kind, upload))
+        status = _status(lease, state, run)
         lease.complete(status, b"", state=batches.encode(state), forget_records=True)
 
-    def _add(self, job: Job, kind: str, upload: Upload) -> str:
-        file_id = batches.output_id(job.id, kind)
+    def _add(self, lease: Lease, kind: str, upload: Upload) -> str:
+        file_id = batches.output_id(lease.job.id, kind)
         self._files.add(
             upload,
-            owner=job.owner,
-            filename=f"{job.id}_{kind}.jsonl",
+            owner=lease.job.owner,
+            filename=f"{lease.job.id}_{kind}.jsonl",
             purpose="batch_output",
             keep_s=self._keep_s,
-            once=file_id,
             file_id=file_id,
+            lease=lease,
         )
         return file_id
 
-    def _left_over(self, lease: Lease, run: "_Run") -> Iterator[bytes]:
-        """Lines that were not run, because the batch was cancelled or its time was up."""
-        if run.complete:
+    def _left_over(self, lease: Lease, state: BatchState, run: "_Run") -> Iterator[bytes]:
+        """Lines that were not run, because the batch was cancelled or its time was up. Raises
+        InputGone."""
+        if run.complete or state.errors:
             return
-        code = "batch_expired" if run.expired else "batch_cancelled"
-        why = "its time was up" if run.expired else "the batch was cancelled"
+        code = "batch_expired" if state.expired else "batch_cancelled"
+        why = "its time was up" if state.expired else "the batch was cancelled"
         error = LineError(code, f"this request was not run: {why}")
         for number, text in self._lines(lease.job):
             if number not in run.done:
@@ -160,13 +184,21 @@ class BatchExecutor:
                 yield _output(lease.job.id, number, line.custom_id, None, error)
 
 
+def _status(lease: Lease, state: BatchState, run: "_Run") -> Status:
+    if run.complete:
+        return "completed"
+    if lease.cancelled:
+        return "cancelled"
+    return "failed" if state.errors and not state.expired else "completed"
+
+
 class _Run:
     """Lines on their way through the engines."""
 
     def __init__(self, lease: Lease, state: BatchState, runner: LineRunner, room: Room) -> None:
         self._lease, self._state, self._runner, self._room = lease, state, runner, room
         self._expires = batches.spec_of(lease.job.request).expires
-        self.expired = self.complete = False
+        self.expired = self.input_gone = False
         self.done: set[int] = set()  # numbers of lines that have a result, kept or not
         state.completed = state.failed = 0
         for record in lease.each_record():
@@ -177,6 +209,11 @@ class _Run:
         self._running = 0
         self._stop = threading.Event()
         self._keep_at = self._look_at = 0.0
+
+    @property
+    def complete(self) -> bool:
+        """Whether every line has a result."""
+        return len(self.done) == self._state.total
 
     def _count(self, found: LineResult) -> None:
         self.done.add(found.line)
@@ -198,21 +235,37 @@ class _Run:
             self._lease.check()
             time.sleep(LOOK_S)
             self._keep()
-        self.complete = len(self.done) == self._state.total
 
     def _feed(self, lines: Iterator[tuple[int, bytes]], clock: Callable[[], float]) -> None:
         with ThreadPoolExecutor(self._room.total, "batch-line") as pool:
             try:
-                for number, text in lines:
-                    if number not in self.done and not self._start(pool, number, text, clock):
-                        return
+                if not self._start_all(pool, lines, clock):
+                    return
                 while self._running and not self._must_stop(clock):
                     self._turn(FLUSH_S)
-                if self._left_to_others and not self._must_stop(clock):
+                leaves_some = self._left_to_others and not self.input_gone
+                if leaves_some and not self._must_stop(clock):
                     name = self._left_to_others
                     raise PutBack(f"the model {name!r} is served by another cluster")
             finally:
                 self._stop.set()  # before the pool waits for its threads
+
+    def _start_all(
+        self,
+        pool: ThreadPoolExecutor,
+        lines: Iterator[tuple[int, bytes]],
+        clock: Callable[[], float],
+    ) -> bool:
+        """Those without a result, as far as they can be read. False when the batch must stop."""
+        if self.complete:
+            return True
+        try:
+            for number, text in lines:
+                if number not in self.done and not self._start(pool, number, text, clock):
+                    return False
+        except InputGone:
+            self.input_gone = True
+        return True
 
     def _start(
         self, pool: ThreadPoolExecutor, number: int, text: bytes, clock: Callable[[], float]
