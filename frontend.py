@@ -12,7 +12,6 @@ from http import HTTPStatus
 from pathlib import Path
 
 import flask
-import msgspec
 from werkzeug.exceptions import (
     ClientDisconnected,
     HTTPException,
@@ -483,11 +482,7 @@ def _store(config: ServeConfig) -> SqliteStore | RedisStore:
 
 
 def _admission(config: ServeConfig) -> Admission:
-    """Web servers of one queue share the limits, by the same Redis unless another is named."""
-    table = config.admission
-    if config.queue.url and not table.redis_url:
-        table = msgspec.structs.replace(table, redis_url=config.queue.redis_url)
-    return Admission(table, os.environ)
+    return Admission(config.shared_admission, os.environ, queue=config.queue.name)
 
 
 def _check(config: ServeConfig) -> None:

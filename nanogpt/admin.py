@@ -5,8 +5,10 @@
     python -m nanogpt.admin users explain mallory
     python -m nanogpt.admin models list
 
-A running server sees a change within a second. Exit codes: 0 done, 1 there is no such thing,
-2 it can't be done.
+A running server sees a change within a second. Where servers share their bans (a queue, or
+admission.redis_url) they are changed there, for all: name the server's configuration file with
+--config, or give its NANOGPT_QUEUE_URL. Exit codes: 0 done, 1 there is no such thing, 2 it can't be
+done.
 """
 
 import argparse
@@ -29,9 +31,12 @@ from nanogpt.api.admission.audit import Entry, open_audit
 from nanogpt.api.admission.bans import Ban, new_ban
 from nanogpt.api.admission.clock import utc
 from nanogpt.api.admission.explain import Explanation, explain
+from nanogpt.api.admission.redis_windows import connect
+from nanogpt.api.admission.shared_bans import SharedBans
+from nanogpt.api.admission.shared_state import OperatorState
 from nanogpt.api.admission.state import State
 from nanogpt.api.admission.subject import Subject, clean_user
-from nanogpt.config import convert, read_toml
+from nanogpt.config import ServeConfig, convert, load
 from nanogpt.errors import ConfigError, NanogptError
 
 Run = Callable[[argparse.Namespace, State, AdmissionConfig], int]
@@ -44,13 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.group == "models":
             return admin_models.run(args)
-        config = _config(args, os.environ)
+        server = _config(args, os.environ)
+        config = server.shared_admission
         path = Path(config.state_path)
         if not args.makes_state and not path.exists():
             raise ConfigError(
                 f"there is no state file {path}; name the server's with --state or --config"
             )
-        with closing(State(str(path))) as state:
+        with closing(_open_state(str(path), server)) as state:
             run: Run = args.run
             return run(args, state, config)
     except NanogptError as error:
@@ -60,13 +66,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _config(args: argparse.Namespace, environ: Mapping[str, str]) -> AdmissionConfig:
-    """The server's: --state, then NANOGPT_ADMISSION_STATE, then the configuration file."""
-    file = args.config or environ.get("NANOGPT_CONFIG")
-    table = read_toml(file).get("admission", {}) if file else {}
-    config = convert(table, AdmissionConfig, source=file or "")
-    state = args.state or environ.get("NANOGPT_ADMISSION_STATE")
-    return msgspec.structs.replace(config, state=state) if state else config
+def _config(args: argparse.Namespace, environ: Mapping[str, str]) -> ServeConfig:
+    """The server's: --state, then its variables, then the configuration file."""
+    options = {"admission": {"state": args.state}} if args.state else {}
+    return load(options, environ, args.config)
+
+
+def _open_state(path: str, server: ServeConfig) -> State:
+    redis_url = server.shared_admission.redis_url
+    if not redis_url:
+        return State(path)
+    return OperatorState(path, SharedBans(connect(redis_url), server.queue.name))
 
 
 # users
@@ -209,6 +219,7 @@ def _keys_unban(args: argparse.Namespace, state: State, config: AdmissionConfig)
 
 
 def _ban(subject: Subject, args: argparse.Namespace, state: State, config: AdmissionConfig) -> int:
+    _check_truth(state)
     ban = new_ban(subject, args.reason, _operator(), time.time(), args.seconds)
     with _audited(config) as note:
         state.put_ban(ban, replace=True)
@@ -218,6 +229,7 @@ def _ban(subject: Subject, args: argparse.Namespace, state: State, config: Admis
 
 
 def _unban(subject: Subject, state: State, config: AdmissionConfig) -> int:
+    _check_truth(state)
     with _audited(config) as note:
         lifted = state.lift(subject, time.time())
         for ban in lifted:
@@ -228,6 +240,17 @@ def _unban(subject: Subject, state: State, config: AdmissionConfig) -> int:
         print(f"nothing shuts {subject} out; see: users list", file=sys.stderr)
         return 1
     return 0
+
+
+def _check_truth(state: State) -> None:
+    """Raises ConfigError when the server would undo a change of this file."""
+    if state.copy_of and not isinstance(state, OperatorState):
+        raise ConfigError(
+            f"the bans in {state.path} are a copy of those that the servers of the queue "
+            f"{state.copy_of!r} share in Redis: name the server's configuration with --config, or "
+            "its Redis with NANOGPT_QUEUE_URL (or NANOGPT_ADMISSION_REDIS_URL) and "
+            "NANOGPT_QUEUE_NAME, or use /admin"
+        )
 
 
 @contextmanager

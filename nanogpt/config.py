@@ -112,6 +112,13 @@ class ServeConfig(Section, frozen=True, kw_only=True):
         if self.node_rank >= self.nnodes:
             raise ValueError(f"node_rank {self.node_rank} must be below nnodes {self.nnodes}")
 
+    @property
+    def shared_admission(self) -> AdmissionConfig:
+        """Servers of one queue share limits and bans, by its Redis unless another is named."""
+        if self.admission.redis_url:
+            return self.admission
+        return msgspec.structs.replace(self.admission, redis_url=self.queue.redis_url)
+
 
 def nearest(word: str, known: list[str]) -> str:
     """A hint such as "; did you mean 'port'?", or nothing when no known word is close."""

@@ -57,7 +57,7 @@ def make_windows(request):
         if client is None:
             return MemoryWindows(clock, WINDOW_S, max_users=1000)
         client.flushall()
-        return RedisWindows(client, clock, WINDOW_S)
+        return RedisWindows(client, "nanogpt", clock, WINDOW_S)
 
     return make
 
@@ -112,7 +112,7 @@ def test_memory_and_redis_decide_alike(redis_client, schedule):
     redis_client.flushall()
     memory, shared = (
         MemoryWindows(clock, WINDOW_S, 100),
-        RedisWindows(redis_client, clock, WINDOW_S),
+        RedisWindows(redis_client, "nanogpt", clock, WINDOW_S),
     )
     for pause, cost, returned in schedule:
         clock.advance(pause)
@@ -300,7 +300,7 @@ class Flaky(RedisWindows):
 
 def flaky(client, clock, refuse):
     client.flushall()
-    shared = Flaky(client, clock, WINDOW_S)
+    shared = Flaky(client, "nanogpt", clock, WINDOW_S)
     return shared, SharedWindows(shared, MemoryWindows(clock, WINDOW_S, 100), clock, refuse)
 
 
@@ -346,7 +346,7 @@ def test_a_redis_that_nobody_listens_at(clock):
     with socket.socket() as unused:  # bound, but nobody accepts
         unused.bind(("127.0.0.1", 0))
         client = connect(f"redis://127.0.0.1:{unused.getsockname()[1]}/0")
-        windows = RedisWindows(client, clock, WINDOW_S)
+        windows = RedisWindows(client, "nanogpt", clock, WINDOW_S)
         with pytest.raises(redis.ConnectionError):
             windows.take([Claim(TEAM, 2, 1)])
         client.close()

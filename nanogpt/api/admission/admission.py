@@ -30,6 +30,7 @@ from nanogpt.api.admission.limits import Limiter, Ticket
 from nanogpt.api.admission.live import Live
 from nanogpt.api.admission.record import Recorder
 from nanogpt.api.admission.rules import Enforcer
+from nanogpt.api.admission.shared_bans import SharedBans
 from nanogpt.api.admission.shared_state import SharedState
 from nanogpt.api.admission.state import State
 from nanogpt.api.admission.subject import Subject, clean_user
@@ -91,24 +92,30 @@ class Admission:
     """Thread-safe. Raises StartupError when keys, rules or files can't be used.
 
     `environ` may hold NANOGPT_API_KEYS and NANOGPT_ADMIN_KEY. An admin key is never banned,
-    limited or judged by rules.
+    limited or judged by rules. Servers that share a Redis share limits and bans if their `queue`
+    has the same name.
     """
 
     def __init__(
-        self, config: AdmissionConfig, environ: Mapping[str, str], clock: Clock = time
+        self,
+        config: AdmissionConfig,
+        environ: Mapping[str, str],
+        clock: Clock = time,
+        *,
+        queue: str = "nanogpt",
     ) -> None:
         self._config, self._clock = config, clock
         static = keys.configured(config, environ)
         self._content = Content(config.content, clock)
         # One window for requests and one for tokens of each user.
         local = MemoryWindows(clock, WINDOW_S, 2 * config.max_users)
-        self._shared = redis_windows.make_shared(config, local, clock)
+        self._shared = redis_windows.make_shared(config, queue, local, clock)
         self._limiter = Limiter(self._shared or local)
         self._bursts = MemoryWindows(clock, config.bursts.seconds, config.max_users)
         with ExitStack() as resources:
             if self._shared is not None:
                 resources.callback(self._shared.close)
-            self._state = _open_state(config)
+            self._state = _open_state(config, queue)
             resources.callback(self._state.close)
             audit = open_audit(config)
             if audit is not None:
@@ -420,7 +427,10 @@ class Admission:
         self._recorder.note(refusal)
 
 
-def _open_state(config: AdmissionConfig) -> State:
-    if not config.redis_url:
-        return State(config.state_path)
-    return SharedState(config.state_path, redis_windows.connect(config.redis_url))
+def _open_state(config: AdmissionConfig, queue: str) -> State:
+    if config.redis_url:
+        client = redis_windows.connect(config.redis_url)
+        return SharedState(config.state_path, SharedBans(client, queue))
+    state = State(config.state_path)
+    state.own()
+    return state

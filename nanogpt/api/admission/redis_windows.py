@@ -88,10 +88,11 @@ def connect(url: str) -> Any:
 
 
 class RedisWindows:
-    """Raises redis.RedisError when Redis does not answer."""
+    """Every method raises redis.RedisError. `queue` tells apart who shares a Redis."""
 
-    def __init__(self, client: Any, clock: Clock, seconds: float) -> None:
-        self._client, self._clock, self._slot_s = client, clock, seconds / SLOTS
+    def __init__(self, client: Any, queue: str, clock: Clock, seconds: float) -> None:
+        self._client, self._queue, self._clock = client, queue, clock
+        self._slot_s = seconds / SLOTS
         self._ttl_s = int(seconds + self._slot_s) + 1
         self._take = client.register_script(_TAKE)
         self._give_back = client.register_script(_GIVE_BACK)
@@ -101,7 +102,7 @@ class RedisWindows:
         slot = int(now // self._slot_s)
         costs = [number for claim in claims for number in (claim.limit, claim.cost)]
         found = self._take(
-            keys=[_key(claim.name) for claim in claims],
+            keys=[self._key(claim.name) for claim in claims],
             args=[slot, slot - SLOTS, self._ttl_s, *costs],
         )
         if found is None:
@@ -113,7 +114,7 @@ class RedisWindows:
 
     def give_back(self, taken: Taken, amount: int) -> None:
         self._give_back(
-            keys=[_key(claim.name) for claim in taken.claims],
+            keys=[self._key(claim.name) for claim in taken.claims],
             args=[taken.slot, *(min(amount, claim.cost) for claim in taken.claims)],
         )
 
@@ -123,7 +124,7 @@ class RedisWindows:
     def levels(self, claims: Sequence[Claim]) -> list[Level]:
         pipeline = self._client.pipeline(transaction=False)
         for claim in claims:
-            pipeline.hgetall(_key(claim.name))
+            pipeline.hgetall(self._key(claim.name))
         now = self._clock.time()
         oldest = int(now // self._slot_s) - SLOTS
         return [
@@ -131,10 +132,9 @@ class RedisWindows:
             for claim, found in zip(claims, pipeline.execute(), strict=True)
         ]
 
-
-def _key(name: Name) -> str:
-    """Braces: in a Redis cluster all windows of a key live on one node, as a script needs it."""
-    return f"nanogpt:limits:{{{name.key}}}:{name.kind}:{name.user}"
+    def _key(self, name: Name) -> str:
+        """Braces: a Redis cluster has all windows of a key on one node, as a script needs it."""
+        return f"{self._queue}:limits:{{{name.key}}}:{name.kind}:{name.user}"
 
 
 def _window(found: Any, oldest: int) -> Window:
@@ -205,9 +205,11 @@ class SharedWindows:
             log.warning("Redis is away (%s): %s", type(error).__name__, means)
 
 
-def make_shared(config: AdmissionConfig, local: Windows, clock: Clock) -> SharedWindows | None:
+def make_shared(
+    config: AdmissionConfig, queue: str, local: Windows, clock: Clock
+) -> SharedWindows | None:
     """None when no Redis is configured. Raises ConfigError."""
     if not config.redis_url:
         return None
-    shared = RedisWindows(connect(config.redis_url), clock, WINDOW_S)
+    shared = RedisWindows(connect(config.redis_url), queue, clock, WINDOW_S)
     return SharedWindows(shared, local, clock, refuse=config.redis_down == "refuse")

@@ -37,6 +37,11 @@ CREATE TABLE actions (
 CREATE INDEX actions_of_subject ON actions (key, user, time);
 CREATE INDEX actions_by_time ON actions (time);
 """
+# What SharedState needs. Files from before it have none of these.
+_SHARED_TABLES = """
+CREATE TABLE IF NOT EXISTS copy_of (queue TEXT NOT NULL, born TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS unsent (change BLOB NOT NULL);
+"""
 
 
 class Action(msgspec.Struct, frozen=True):
@@ -89,6 +94,8 @@ class State:
                     f"{self.path} is not a state file of this version (it says {version}, "
                     f"expected {VERSION}); use another path"
                 )
+            for statement in filter(str.strip, _SHARED_TABLES.split(";")):
+                db.execute(statement)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -154,13 +161,16 @@ class State:
     def bans(self, now: float) -> list[Ban]:
         """Those in force."""
         with self._lock:
-            rows = self._db.execute(
-                "SELECT key, user, kind, reason, by, created, until FROM bans "
-                "WHERE until IS NULL OR until > ? ORDER BY created, key, user, kind",
-                (now,),
-            ).fetchall()
-            held = [ban for ban in self._held if ban.holds(now)]
-        return [*(Ban(*row) for row in rows), *held]
+            written = self._read_bans(self._db, now)
+            return [*written, *(ban for ban in self._held if ban.holds(now))]
+
+    def _read_bans(self, db: sqlite3.Connection, now: float) -> list[Ban]:
+        rows = db.execute(
+            "SELECT key, user, kind, reason, by, created, until FROM bans "
+            "WHERE until IS NULL OR until > ? ORDER BY created, key, user, kind",
+            (now,),
+        ).fetchall()
+        return [Ban(*row) for row in rows]
 
     def hold(self, ban: Ban) -> None:
         """Keep a ban that `put_ban` can't write, until it ends or this process does."""
@@ -171,33 +181,61 @@ class State:
         """Forgets those that have expired. One of the same subject and kind is replaced, or (not
         `replace`) stays when it lasts longer: no rule shortens what an operator said.
         """
-        longer = "excluded.until IS NULL OR excluded.until > until"
         with self._transaction() as db:
-            db.execute("DELETE FROM bans WHERE until <= ?", (ban.created,))
-            db.execute(
-                "INSERT INTO bans VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
-                "reason = excluded.reason, by = excluded.by, created = excluded.created, "
-                f"until = excluded.until {'' if replace else 'WHERE ' + longer}",
-                msgspec.structs.astuple(ban),
-            )
+            self._write_ban(db, ban, replace=replace)
+
+    def _write_ban(self, db: sqlite3.Connection, ban: Ban, *, replace: bool) -> None:
+        longer = "excluded.until IS NULL OR excluded.until > until"
+        db.execute("DELETE FROM bans WHERE until <= ?", (ban.created,))
+        db.execute(
+            "INSERT INTO bans VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
+            "reason = excluded.reason, by = excluded.by, created = excluded.created, "
+            f"until = excluded.until {'' if replace else 'WHERE ' + longer}",
+            msgspec.structs.astuple(ban),
+        )
 
     def lift(self, subject: Subject, now: float) -> list[Ban]:
         """End bans and cool-downs, and what led to them; returns those that were in force.
 
         A user with key "" is meant under every key, and for all keys.
         """
+        with self._transaction() as db:
+            lifted = self._delete_bans(db, subject)
+        return [ban for ban in lifted if ban.holds(now)]
+
+    def _delete_bans(self, db: sqlite3.Connection, subject: Subject) -> list[Ban]:
         assert subject != Subject("", ""), "nobody"
         where = "WHERE user = ?2 AND (key = ?1 OR (?1 = '' AND ?2 != ''))"
+        rows = db.execute(
+            f"DELETE FROM bans {where} RETURNING key, user, kind, reason, by, created, until",
+            subject,
+        ).fetchall()
+        db.execute(f"DELETE FROM actions {where}", subject)
+        lifted = [ban for ban in self._held if is_meant(ban.subject, subject)]
+        self._held = [ban for ban in self._held if ban not in lifted]
+        return [*(Ban(*row) for row in rows), *lifted]
+
+    # Whose they are
+
+    @property
+    def copy_of(self) -> str:
+        """The queue of which the bans here are a copy (see SharedState); empty: our own."""
+        with self._lock:
+            return self._copy_of(self._db)[0]
+
+    def own(self) -> None:
+        """From here on the bans are our own, whatever they were."""
         with self._transaction() as db:
-            rows = db.execute(
-                f"DELETE FROM bans {where} RETURNING key, user, kind, reason, by, created, until",
-                subject,
-            ).fetchall()
-            db.execute(f"DELETE FROM actions {where}", subject)
-            lifted = [ban for ban in self._held if is_meant(ban.subject, subject)]
-            self._held = [ban for ban in self._held if ban not in lifted]
-        bans = [*(Ban(*row) for row in rows), *lifted]
-        return [ban for ban in bans if ban.holds(now)]
+            db.execute("DELETE FROM copy_of")
+            db.execute("DELETE FROM unsent")
+
+    def _copy_of(self, db: sqlite3.Connection) -> tuple[str, str]:
+        """The queue, and which of the lists of bans that it has had."""
+        return db.execute("SELECT queue, born FROM copy_of").fetchone() or ("", "")
+
+    def _set_copy_of(self, db: sqlite3.Connection, queue: str, born: str) -> None:
+        db.execute("DELETE FROM copy_of")
+        db.execute("INSERT INTO copy_of VALUES (?, ?)", (queue, born))
 
     # What rules did
 
