@@ -5,9 +5,14 @@ import time
 
 import pytest
 
+from nanogpt.api.jobs import relay
+from nanogpt.config import HttpConfig
 from nanogpt.jobs.redis import RedisStore
 from nanogpt.jobs.runner import Lease
-from tests.jobs_utils import wait_for
+from nanogpt.request import GenerateRequest
+from nanogpt.sampling_params import SamplingParams
+from tests.fake_cluster import INFO, FakeCluster
+from tests.jobs_utils import jobs_app, wait_for
 from tests.redis_server import redis_server
 from tests.test_jobs_runner import ended, finish, running
 from tests.test_jobs_store import job
@@ -49,3 +54,29 @@ def test_a_worker_that_stood_still_while_it_waited_keeps_its_jobs(server, monkey
         go_on.set()
         assert ended(store, "j").status == "completed"
     store.close()
+
+
+REQUEST = GenerateRequest(
+    request_id="r",
+    model=INFO.name,
+    prompts=((1,),),
+    n=1,
+    params=SamplingParams(max_tokens=11, seed=1),
+)
+
+
+@pytest.mark.parametrize(("drain_s", "status"), [(60.0, "completed"), (0.2, "in_progress")])
+def test_a_drained_worker_finishes_what_clients_wait_for_elsewhere(tmp_path, drain_s, status):
+    """No client is connected to it; what takes longer than it has goes back."""
+    cluster = FakeCluster()
+    cluster.delay_s = 0.1
+    with jobs_app(tmp_path, cluster, settings=HttpConfig(drain_s=drain_s)) as app:
+        service = app.extensions["nanogpt"]
+        store = service.companion._store
+        relay.submit(store, REQUEST, INFO, time.time())
+        wait_for(lambda: cluster.handles)
+        service.drain()
+        assert service.places.are_free
+        assert not service.is_drained()
+        wait_for(service.is_drained)
+        assert store.get("r").status == status

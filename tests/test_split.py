@@ -18,6 +18,7 @@ from tests.server import SLIDING, Server
 MODEL = "shakespeare-char"
 PROMPT = "ROMEO:"
 LONG = 150  # tokens
+LONGEST = 240  # that go into the model's context
 KEY = "k" * 24
 WAIT_S = 90  # a busy machine may take long; a test never waits for this when all is well
 
@@ -258,9 +259,14 @@ def _answers(split) -> bool:
 
 
 def test_requests_wait_while_no_cluster_is_there(split, text):
-    """The last one is told to end: what it has goes back to the queue, and the next one goes on."""
+    """The last one is told to end: what it has it finishes, and the rest is for the next one."""
+    whole = split.whole(max_tokens=LONGEST)
     (last,) = (worker for worker in split.workers if worker.process.poll() is None)
+    pieces = split.stream(max_tokens=LONGEST)
+    got = [next(pieces)]
     assert last.stop() == 0
+    got += pieces  # nobody else could go on
+    assert "".join(got) == whole
     found: list[str] = []
     waiting = threading.Thread(target=lambda: found.append(split.whole(max_tokens=20)))
     waiting.start()

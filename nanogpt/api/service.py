@@ -80,6 +80,10 @@ class Companion(Protocol):
     def drain(self, grace_s: float) -> None:
         """Who waits has so many seconds left. For a signal handler."""
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is in progress there."""
+
     def close(self) -> None: ...
 
 
@@ -113,8 +117,10 @@ class Service:
         return time.monotonic() > self._end_at
 
     def is_drained(self) -> bool:
-        """Whether this process may end: all who were accepted have their answers, or no time."""
-        return self.places.are_free or self.must_end()
+        """Whether this process may end: all who were accepted, here or by a web server, have their
+        answers, or no time."""
+        idle = self.places.are_free and (self.companion is None or self.companion.is_idle)
+        return idle or self.must_end()
 
     def close(self) -> None:
         """Close cluster and admission as well."""

@@ -175,7 +175,7 @@ class Runner:
 
     @property
     def running(self) -> int:
-        """Jobs in progress here."""
+        """Jobs in progress here; those of a drain until they have ended or are put back."""
         return len(self._running)
 
     # The dispatcher

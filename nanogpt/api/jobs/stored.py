@@ -91,6 +91,10 @@ class Stored:
         """Who waits has so many seconds left; other work is put back. For a signal handler."""
         self._runner.drain(grace_s)
 
+    @property
+    def is_idle(self) -> bool:
+        return self._runner.running == 0
+
     def close(self) -> None:
         self._runner.close()
         if self._announcer is not None:
