@@ -259,15 +259,17 @@ def test_watch_does_not_count_the_time_in_which_it_was_stopped_itself():
 class Workers:
     """Plays the worker group of `world_size` ranks."""
 
-    def __init__(self, control: str, world_size: int = 1) -> None:
-        self.world_size = world_size
+    def __init__(
+        self, control: str, world_size: int = 1, models: tuple[ModelInfo, ...] = (INFO,)
+    ) -> None:
+        self.world_size, self.models = world_size, models
         self.control = ControlLink(control)
         self.links: list[EventLink] = []
         self.epoch = 0
 
     def join(self, before: int = 0, pid: int = 1) -> None:
         """Come up in the places of ranks that ended so."""
-        self.control.send(Hello(PROTOCOL_VERSION, self.world_size, (INFO,), 1))
+        self.control.send(Hello(PROTOCOL_VERSION, self.world_size, self.models, 1))
         welcome = self.receive(Welcome)
         self.epoch = welcome.epoch
         for rank in range(self.world_size):
@@ -376,6 +378,37 @@ def test_next_group_gets_the_request_with_its_tokens(client, workers, endpoints,
     heirs.events(TokenEvent("r1", 0, 2, (2, 2), (), "length"))
     assert handle.events(10) == [TokenEvent("r1", 0, 2, (2, 2), (), "length")]
     wait_for(lambda: client._intake.outstanding == 0)
+    heirs.close()
+
+
+@pytest.mark.parametrize(
+    ("heir", "begun", "unbegun"),
+    [
+        ("fingerprint", "were replaced while this request ran", "have just been replaced"),
+        ("name", "no longer there", "no longer there"),
+    ],
+    ids=["other weights", "no such model"],
+)
+def test_what_outlasts_a_reload_of_other_models_is_told_so(
+    client, workers, endpoints, ready, heir, begun, unbegun
+):
+    """500 for what has tokens of the weights before (given_up makes it of no retry_after), 503 for
+    what has none; 500 for both without the model."""
+    handles = [
+        client.submit(msgspec.structs.replace(request(), request_id=name)) for name in ("r1", "r2")
+    ]
+    workers.events(TokenEvent("r1", 0, 0, (1,)))
+    assert handles[0].events(10)
+    other = msgspec.structs.replace(INFO, **{heir: "another"})
+    heirs = Workers(endpoints[0], models=(other,))
+    heirs.join()
+    assert ready.acquire(timeout=10)
+    (of_begun,), (of_unbegun,) = handles[0].events(10), handles[1].events(10)
+    assert begun in of_begun.message
+    assert not of_begun.retry_after
+    assert unbegun in of_unbegun.message
+    again = ("starting", 1) if heir == "fingerprint" else ("", 0)
+    assert (of_unbegun.code, of_unbegun.retry_after) == again
     heirs.close()
 
 
