@@ -18,7 +18,7 @@ from nanogpt.api.caller import Caller
 from nanogpt.api.client_socket import Peer
 from nanogpt.api.errors import ClientGone
 from nanogpt.api.jobs import once, outcome
-from nanogpt.api.jobs.follow import POLL_S, follow
+from nanogpt.api.jobs.follow import follow, news
 from nanogpt.api.jobs.objects import Deleted
 from nanogpt.api.jobs.owned import owned
 from nanogpt.api.plan import Plan, make_plan, real_name
@@ -164,7 +164,8 @@ class Completions:
         try:
             while now is not None and not now.ended:
                 wait.look_around()
-                now, _ = self._store.read(job.id, 2**62, POLL_S)
+                found = news(self._store, job.id, 2**62)
+                now = now if found is None else found[0]
         except ClientGone:
             return Answer(b"", CLIENT_GONE)
         if now is None:

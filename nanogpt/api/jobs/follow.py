@@ -4,6 +4,7 @@ They are a function of the records alone, so an event has the same number and th
 whenever it is asked for: what a dropped connection missed comes with `starting_after`.
 """
 
+import time
 from collections.abc import Callable, Iterator
 
 from nanogpt.api import errors
@@ -13,10 +14,24 @@ from nanogpt.api.jobs import outcome
 from nanogpt.api.plan import Plan
 from nanogpt.api.response import DONE, PING, Stream, event
 from nanogpt.errors import ApiError, NotFound
-from nanogpt.jobs.store import Job, Store
+from nanogpt.jobs.store import Job, Store, StoreUnavailable
 from nanogpt.tokenizer import Tokenizer
 
 POLL_S = 1.0  # how long to wait before a ping
+AWAY_S = 0.2  # between attempts to read, while the store is away
+
+
+def news(store: Store, job_id: str, after: int) -> tuple[Job | None, list[bytes]] | None:
+    """What Store.read gives within `POLL_S`; None while the store is away. Whoever works on the job
+    goes on meanwhile, so who follows it waits as well, until the client or the server ends that."""
+    end = time.monotonic() + POLL_S
+    while True:
+        try:
+            return store.read(job_id, after, max(0.0, end - time.monotonic()))
+        except StoreUnavailable:
+            if time.monotonic() + AWAY_S > end:
+                return None
+            time.sleep(AWAY_S)
 
 
 class _Events:
@@ -79,8 +94,12 @@ def _follow(
     events: _Events | None = None
     read = 0
     while True:
-        now, records = store.read(job.id, read, POLL_S)
+        found = news(store, job.id, read)
         look_around()
+        if found is None:
+            yield PING
+            continue
+        now, records = found
         if now is None:
             raise NotFound("the completion was deleted")
         if events is None:
