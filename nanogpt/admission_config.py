@@ -99,7 +99,7 @@ class AdmissionConfig(Section, frozen=True, kw_only=True):
     key_limits: Limits = Limits()
     user_limits: Limits = Limits()
     max_users: Annotated[int, Meta(ge=100, le=10_000_000)] = 100_000  # remembered at once
-    redis_url: str = ""  # share the limits between servers
+    redis_url: str = ""  # share limits and bans between servers
     redis_down: Literal["local", "refuse"] = "local"  # limit in this process, or answer 503
     dry_run: bool = False  # the rules only report what they would have done
     refusals: RefusalRule = RefusalRule()
