@@ -353,6 +353,23 @@ def test_request_and_events_pass_through(client, workers):
     assert handle.done
 
 
+def test_a_later_attempt_under_the_same_id_takes_the_place_of_the_first(client, workers):
+    """The first one's cancel, which is late, does nothing to it."""
+    first = client.submit(request())
+    assert workers.receive(Submit).request.request_id == "r1"
+    second = client.submit(request())
+    (told,) = first.events(10)
+    assert isinstance(told, RequestFailed)
+    received = []
+    wait_for(lambda: received.extend(workers.control.receive(100)) or len(received) == 2)
+    assert [type(message) for message in received] == [Cancel, Submit]
+    first.cancel()
+    token = TokenEvent("r1", 0, 0, (2,), (), "length")
+    workers.events(token)
+    assert second.events(10) == [token]
+    wait_for(lambda: client._intake.outstanding == 0)
+
+
 def test_events_of_an_old_epoch_and_stray_positions_are_dropped(client, workers):
     handle = client.submit(request())
     workers.events(TokenEvent("r1", 0, 0, (1,)), epoch=workers.epoch - 1)

@@ -179,7 +179,7 @@ class ClusterClient:
         model is not in memory it waits; unless it is patient there is a limit to that. While a
         worker group restarts it waits for the next one, and during a reload this call does. Raises
         Unavailable before the first group has come, when one does not come back, while draining,
-        and when too much is outstanding.
+        and when too much is outstanding. A request that still runs under the same id fails.
         """
         known = self._models.get(request.model)
         while True:
@@ -389,6 +389,10 @@ class ClusterClient:
         group.trial = max(suspects, key=lambda handle: handle.blame, default=None)
 
     def _admit(self, handle: RequestHandle) -> None:
+        before = self._handles.get(handle.request_id)
+        if before is not None:  # an attempt that is ending: the ranks tell requests apart by id
+            self._apply_cancel(before, None)
+            before.fail("a later attempt of this request has taken its place")
         self._handles[handle.request_id] = handle
         model = handle.request.model
         if model in self._models:
@@ -464,8 +468,8 @@ class ClusterClient:
             self._down_since = None
 
     def _apply_cancel(self, handle: RequestHandle, index: int | None) -> None:
-        if handle.request_id not in self._handles:
-            return
+        if self._handles.get(handle.request_id) is not handle:
+            return  # it is over
         wanted = set(range(len(handle.owners))) if index is None else {index}
         fresh = wanted - handle.finished
         handle.finished |= fresh
