@@ -273,10 +273,11 @@ class RedisStore:
     def _read(
         self, job_id: str, stream: str, after: int, limit: int
     ) -> tuple[Job | None, list[bytes]]:
-        # The job first: when it has ended, all of its records are there.
-        fields, entries = self._link.each(
+        *_, (fields, entries) = self._link.each(
+            ("MULTI",),
             ("HGETALL", self._key("job", job_id)),
             ("XRANGE", stream, f"(0-{after}", "1-0", "COUNT", limit),
+            ("EXEC",),
         )
         return read_job(fields), [entry[1][1] for entry in entries]
 

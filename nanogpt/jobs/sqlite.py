@@ -253,14 +253,17 @@ class SqliteStore:
 
     def _read(self, job_id: str, after: int, limit: int) -> tuple[Job | None, list[bytes]]:
         with self._db.reading() as db:
-            # The job first: when it has ended, all of its records are there.
-            job = _one(db, "WHERE id = ?", job_id)
-            rows = db.execute(
-                "SELECT data FROM records WHERE job = (SELECT n FROM jobs WHERE id = ?) "
-                "AND seq >= ? ORDER BY seq LIMIT ?",
-                (job_id, after, limit),
-            )
-            return job, [data for (data,) in rows]
+            db.execute("BEGIN")
+            try:
+                job = _one(db, "WHERE id = ?", job_id)
+                rows = db.execute(
+                    "SELECT data FROM records WHERE job = (SELECT n FROM jobs WHERE id = ?) "
+                    "AND seq >= ? ORDER BY seq LIMIT ?",
+                    (job_id, after, limit),
+                )
+                return job, [data for (data,) in rows]
+            finally:
+                db.execute("ROLLBACK")
 
     def cancel(self, job_id: str) -> Job | None:
         def change(db: sqlite3.Connection) -> Job | None:

@@ -141,9 +141,9 @@ class Store(Protocol):
     def read(
         self, job_id: str, after: int, timeout_s: float = 0.0, limit: int = 1000
     ) -> tuple[Job | None, list[bytes]]:
-        """The job, and its records from number `after` on, counted from 0; waits up to
-        `timeout_s` for a record or the job's end. When the job had ended and nothing comes, that
-        is all."""
+        """The job, and its records from number `after` on, counted from 0, both as of one moment;
+        waits up to `timeout_s` for a record or the job's end. When the job had ended and nothing
+        comes, that is all."""
 
     def cancel(self, job_id: str) -> Job | None:
         """Ask for the end: at once while queued, otherwise whoever holds the lease is told."""

@@ -54,9 +54,11 @@ class CompletionExecutor:
         info = find_here(self._cluster, plan.request.model, self._elsewhere)
         tokenizer = self._cluster.tokenizer(info.name)
         same = system_fingerprint(info) == plan.fingerprint
+        mark = None
         if not same and not records:
             plan = _again(plan, make_plan(plan.completion, info, tokenizer))
-        text = Text(plan, tokenizer, records)
+            mark = outcome.encode(plan)
+        text = Text(plan, tokenizer, records, mark)
         if not same and records:
             lease.complete("incomplete", text.ended(replaced()))
             return
@@ -68,10 +70,10 @@ class CompletionExecutor:
         usage = text.assembler.usage()
         self._settle(lease.job.id, usage.prompt_tokens, usage.completion_tokens)
         if done:
-            lease.complete("completed", text.completed(), records=text.unkept())
+            lease.complete("completed", text.completed(), records=text.unkept(), state=text.mark)
             return
         status: Status = "failed" if banned else "cancelled"
-        lease.complete(status, text.ended(banned), records=text.unkept())
+        lease.complete(status, text.ended(banned), records=text.unkept(), state=text.mark)
 
     def _generate(self, lease: Lease, text: "Text") -> bool:
         """False when it was cancelled. Raises Banned."""
@@ -124,8 +126,10 @@ def _again(old: Plan, new: Plan) -> Plan:
 class Text(Generated):
     """A completion as far as it has come: what was kept, and on top of it what is not yet."""
 
-    def __init__(self, plan: Plan, tokenizer: Tokenizer, records: Sequence[bytes] = ()) -> None:
-        super().__init__(plan.request)
+    def __init__(
+        self, plan: Plan, tokenizer: Tokenizer, records: Sequence[bytes], mark: bytes | None
+    ) -> None:
+        super().__init__(plan.request, mark=mark)
         self.plan = plan
         self.assembler = Assembler(plan, tokenizer)
         self.collected = Collected(plan)

@@ -12,10 +12,14 @@ from nanogpt.request import EngineEvent, GenerateRequest, PromptScored, RequestF
 
 
 class Generated:
-    """Of one request. `records` are those of its job."""
+    """Of one request. `records` are those of its job; without any, `mark` becomes the job's state
+    together with the first one: it says what generates them."""
 
-    def __init__(self, request: GenerateRequest, records: Sequence[bytes] = ()) -> None:
+    def __init__(
+        self, request: GenerateRequest, records: Sequence[bytes] = (), mark: bytes | None = None
+    ) -> None:
         self._request = request
+        self.mark = None if records else mark  # while it is not kept yet
         self._tokens: list[list[int]] = [[] for _ in range(len(request.prompts) * request.n)]
         self._finished: set[int] = set()
         self._scored = [0] * len(request.prompts)
@@ -68,10 +72,10 @@ class Generated:
     def keep(self, lease: Lease) -> bool:
         """Have it kept; False when the store is not there now. Raises LeaseLost."""
         try:
-            lease.append(self.unkept())
+            lease.append(self.unkept(), self.mark)
         except StoreUnavailable:
             return False
-        self._fresh = []
+        self._fresh, self.mark = [], None
         return True
 
     def remaining(self, fence: int) -> GenerateRequest:

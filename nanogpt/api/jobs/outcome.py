@@ -1,4 +1,5 @@
-"""What a completion's job holds: the plan it was accepted with, its records, its result."""
+"""What a completion's job holds: the plan it was accepted with, its records, its result; and as its
+state the plan that the records follow, if it had to be planned anew before the first of them."""
 
 from collections.abc import Iterable, Sequence
 
@@ -52,8 +53,8 @@ def encode(value: Plan | Progress | Outcome) -> bytes:
 
 
 def plan_of(job: Job) -> Plan:
-    """Of a completion's job."""
-    return _plans.decode(job.request)
+    """Of a completion's job: what is generated for it, or was."""
+    return _plans.decode(job.state or job.request)
 
 
 def progress(record: bytes) -> Progress:
@@ -81,7 +82,7 @@ def cancelled(partial: bytes = b"") -> Outcome:
 
 def stored(job: Job, status: Status | None = None) -> StoredCompletion:
     """The job as its owner reads it; with `status` "queued" as it was at first."""
-    plan = plan_of(job)
+    plan = plan_of(job) if status is None else _plans.decode(job.request)
     shown = StoredCompletion(
         id=job.id,
         object="text_completion",

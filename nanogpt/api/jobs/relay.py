@@ -1,8 +1,8 @@
 """A request that a web server took and a cluster generates: what they tell each other in a job.
 
-The job holds the engines' request, its records their events, its result the last event if that
-says that it failed. Text, stop strings and limits are the web server's business, as without a
-queue.
+The job holds the engines' request, its records their events, its state the fingerprint of the model
+that generated them, its result the last event if that says that it failed. Text, stop strings and
+limits are the web server's business, as without a queue.
 """
 
 import logging
@@ -21,7 +21,6 @@ from nanogpt.api.jobs.whereabouts import Elsewhere, find_here, nowhere
 from nanogpt.errors import ApiError
 from nanogpt.jobs.runner import Lease
 from nanogpt.jobs.store import Job, Lane, Store, StoreUnavailable
-from nanogpt.registry import ModelInfo
 from nanogpt.request import EngineEvent, GenerateRequest, RequestFailed, TokenEvent
 
 log = logging.getLogger(__name__)
@@ -31,21 +30,14 @@ LOOK_S = 1.0  # how often a cluster asks whether the client has left
 AWAY_S = 0.2  # between attempts to read, while the queue is away
 
 
-class Relayed(msgspec.Struct, frozen=True):
-    """What the job holds. The fingerprint is that of the model which the client is told."""
-
-    request: GenerateRequest
-    fingerprint: str
-
-
 _encode = msgspec.msgpack.Encoder().encode
-_relayed = msgspec.msgpack.Decoder(Relayed)
+_requests = msgspec.msgpack.Decoder(GenerateRequest)
 _failures = msgspec.msgpack.Decoder(RequestFailed)
 
 
 def choices(job: Job) -> int:
     """How many it generates."""
-    request = _relayed.decode(job.request).request
+    request = _requests.decode(job.request)
     return len(request.prompts) * request.n
 
 
@@ -62,12 +54,13 @@ class RelayExecutor:
         self._cluster, self._elsewhere = cluster, elsewhere
 
     def __call__(self, lease: Lease) -> None:
-        relayed = _relayed.decode(lease.job.request)
-        info = find_here(self._cluster, relayed.request.model, self._elsewhere)
+        request = _requests.decode(lease.job.request)
+        info = find_here(self._cluster, request.model, self._elsewhere)
+        mark = system_fingerprint(info).encode()
         # The first who has it needs not ask what others left.
         records = list(lease.each_record()) if lease.job.fence > 1 else []
-        so_far = Generated(relayed.request, records)
-        if system_fingerprint(info) != relayed.fingerprint and so_far.has_any:
+        so_far = Generated(request, records, mark)
+        if records and lease.job.state != mark:
             lease.complete("failed", failed(replaced()))
             return
         failure = None if so_far.done else self._generate(lease, so_far)
@@ -159,14 +152,14 @@ class RelayHandle:
             log.warning("request %s goes on for nobody: %s", self._id, error)
 
 
-def submit(store: Store, request: GenerateRequest, info: ModelInfo, now: float) -> RelayHandle:
+def submit(store: Store, request: GenerateRequest, now: float) -> RelayHandle:
     """Have some cluster generate it. Raises Unavailable."""
     job = Job(
         id=request.request_id,
         kind="generate",
         owner="",
         created=now,
-        request=_encode(Relayed(request, system_fingerprint(info))),
+        request=_encode(request),
         keep_s=KEEP_S,
         lane=Lane.NOW,
     )

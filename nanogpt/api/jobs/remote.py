@@ -110,10 +110,9 @@ class RemoteCluster:
         count = len(request.prompts) * request.n
         if count > self._max_outstanding:
             raise too_many_choices(count, self._max_outstanding)
-        info = self._found.models.get(request.model)
-        if info is None:
+        if request.model not in self._found.models:
             raise Unavailable("the model is no longer there; try again soon", code="starting")
-        return relay.submit(self._store, request, info, self._clock())
+        return relay.submit(self._store, request, self._clock())
 
     def drain(self) -> None:
         self._draining = True
