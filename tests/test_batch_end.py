@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from nanogpt.api.jobs.batches import custom_request_id
 from nanogpt.jobs.files import Files
 from nanogpt.jobs.redis import RedisStore
 from nanogpt.jobs.store import StoreUnavailable
@@ -73,6 +74,24 @@ def test_a_cancelled_batch_whose_input_is_gone_is_cancelled(tmp_path):
         assert done.status == "cancelled"
         assert [e.code for e in done.errors.data] == ["input_file_gone"]
         assert len(lines_of(client, done.output_file_id)) == 1
+
+
+def test_each_attempt_at_a_line_is_another_request_for_the_engines(tmp_path):
+    """One that an attempt gave up may still be ending when the next one begins; in the output a
+    line has one id."""
+    first, second = FakeCluster(), FakeCluster()
+    first.script = lambda request: []
+    with jobs_app(tmp_path, first) as app:
+        client = official_client(app, "none")
+        batch = begin(client, [line(i) for i in range(3)])
+        wait_for(lambda: len(first.handles) == 3)
+    with jobs_app(tmp_path, second) as app:
+        client = official_client(app, "none")
+        done = finished(client, batch.id)
+        names = {h.request.request_id for h in first.handles + second.handles}
+        assert len(names) == 6
+        output = lines_of(client, done.output_file_id).values()
+        assert {x["id"] for x in output} == {custom_request_id(batch.id, i) for i in (1, 2, 3)}
 
 
 @contextlib.contextmanager

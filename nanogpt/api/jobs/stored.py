@@ -9,7 +9,8 @@ from prometheus_client.registry import Collector
 from nanogpt.api.admission import Admission
 from nanogpt.api.backend import Cluster
 from nanogpt.api.jobs import outcome, relay
-from nanogpt.api.jobs.batch_run import BatchExecutor, Room
+from nanogpt.api.jobs.batch_feed import Room
+from nanogpt.api.jobs.batch_run import BatchExecutor
 from nanogpt.api.jobs.batches import BatchRoutes
 from nanogpt.api.jobs.completions import Completions
 from nanogpt.api.jobs.execute import CompletionExecutor
