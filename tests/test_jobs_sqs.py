@@ -157,6 +157,50 @@ def test_messages_that_get_lost_are_sent_again(queue, monkeypatch):
     assert eventually(lambda: claim(store)).id == "j"
 
 
+def test_a_job_that_was_taken_is_missed_as_early_as_a_new_one(queue):
+    """Its earlier messages were received, so they say nothing of the next one."""
+    store = queue.open()
+    store.put(job("j"))
+    for _ in range(5):
+        store.renew({"j": claim(store).fence}, 0.0)
+    given_up = float(store.link.command("ZSCORE", store._key("sent"), "j"))
+    assert given_up - time.time() < 1.5 * sqs_module.LOST_S
+
+
+def test_a_queue_that_fails_holds_up_its_own_lane_only(queue, monkeypatch):
+    """Neither what can't be sent nor what can't be received keeps others from their turn."""
+    monkeypatch.setattr(sqs_module, "SENDING_S", 0.1)
+    store, is_broken = queue.open(), threading.Event()
+    is_broken.set()
+    for method in ("send", "receive"):
+        real = getattr(store._queues, method)
+
+        def ask(lane, *arguments, real=real):
+            if lane is Lane.NOW and is_broken.is_set():
+                raise StoreUnavailable("there is no such queue")
+            return real(lane, *arguments)
+
+        monkeypatch.setattr(store._queues, method, ask)
+    queue.open_redis().put(job("stuck", lane=Lane.NOW))  # for want of a message
+    for i in range(3):
+        store.put(job(f"j{i}"))
+        assert store.claim(Lane.BATCH, LEASE_S, WAIT_S).id == f"j{i}"
+        time.sleep(0.6)  # so that the other lane is asked again
+    is_broken.clear()
+    assert store.claim(Lane.BATCH, LEASE_S, WAIT_S).id == "stuck"
+
+
+def test_the_end_of_an_old_lease_leaves_the_message_of_a_later_one(queue):
+    store = queue.open()
+    store.put(job("j"))
+    old = claim(store, 0.5)
+    new = eventually(lambda: claim(store, 2 * WAIT_S))  # and hidden for so long
+    assert store.append("j", old.fence, [b"late"]) == "lost"
+    assert store.complete("j", new.fence, "completed", b"")
+    # That of the old lease goes when it comes.
+    eventually(lambda: claim(store) is None and queue.messages() == 0)
+
+
 def test_doubled_and_late_messages_change_nothing(queue):
     store, other = queue.open(), queue.open()
     store.put(job("j"))

@@ -8,7 +8,9 @@ messages may come twice, late, in any order, or never:
   when its sender dies in between, whoever claims next sends it.
 - a message is hidden while its job's lease is renewed, and deleted when the job has ended. When a
   lease runs out, Redis notices, and a new message is sent.
-- what nobody received in ten minutes is sent again, then after twenty, and so on.
+- what nobody received in ten minutes is sent again, then after twenty, and so on, until the job is
+  taken.
+- a queue that fails holds up its own lane only.
 """
 
 import logging
@@ -40,6 +42,7 @@ FOREIGN_S = 60  # how long messages that are not ours are hidden
 class _Held(NamedTuple):
     """The message of a job that is worked on here; hidden until then, by time.monotonic()."""
 
+    fence: int
     lane: Lane
     receipt: str
     until: float
@@ -134,11 +137,21 @@ class SqsStore(RedisStore):
         return None
 
     def _next(self, lanes: Sequence[Lane], end: float) -> tuple[Lane, Message] | None:
-        """The first message, by lane, that has come or comes until `end`."""
+        """The first message, by lane, that has come or comes until `end`. Raises StoreUnavailable
+        when all of the lanes fail."""
+        failed = set()
         with self._news:
             while True:
                 for lane in lanes:
-                    if (message := self._receivers[lane].take()) is not None:
+                    try:
+                        message = self._receivers[lane].take()
+                    except StoreUnavailable as error:
+                        failed.add(lane)
+                        if len(failed) == len(lanes):
+                            raise
+                        log.error("jobs of %s wait: %s", lane.name, error)
+                        continue
+                    if message is not None:
                         return lane, message
                 left = end - time.monotonic()
                 if left <= 0:
@@ -160,10 +173,12 @@ class SqsStore(RedisStore):
         if not answer:
             self._best_effort(self._queues.delete, lane, message.receipt)
             return None
+        job = read_job(answer)
+        assert job is not None
         with self._lock:
             until = time.monotonic() + self._hidden_s
-            self._held[job_id] = _Held(lane, message.receipt, until)
-        return read_job(answer)
+            self._held[job_id] = _Held(job.fence, lane, message.receipt, until)
+        return job
 
     def _best_effort(self, action: Any, *arguments: Any) -> bool:
         """What happens by itself later, when it fails now."""
@@ -187,10 +202,18 @@ class SqsStore(RedisStore):
             due |= {i: every[i] for i, since in self._unsent.items() if now - since >= SENDING_S}
         for lane in Lane:
             ids = [job_id for job_id, its in due.items() if its is lane]
-            for start in range(0, len(ids), AT_ONCE):
-                some = ids[start : start + AT_ONCE]
-                self._queues.send(lane, [self._message(job_id) for job_id in some])
-                self._mark_sent(some)
+            try:
+                self._send_all(lane, ids)
+            except StoreUnavailable as error:
+                log.error("%d jobs of %s wait for a message: %s", len(ids), lane.name, error)
+                with self._lock:  # again after SENDING_S
+                    self._unsent.update(dict.fromkeys(ids, now))
+
+    def _send_all(self, lane: Lane, ids: Sequence[str]) -> None:
+        for start in range(0, len(ids), AT_ONCE):
+            some = ids[start : start + AT_ONCE]
+            self._queues.send(lane, [self._message(job_id) for job_id in some])
+            self._mark_sent(some)
 
     # Holding
 
@@ -198,16 +221,16 @@ class SqsStore(RedisStore):
         verdicts = super().renew(held, lease_s)
         for job_id, verdict in verdicts.items():
             if verdict == "lost":
-                self._let_go(job_id)
+                self._let_go(job_id, held[job_id])
             elif not lease_s:
-                self._give_back(job_id)
+                self._give_back(job_id, held[job_id])
         if lease_s:
             self._hide_on(held)
         return verdicts
 
-    def _give_back(self, job_id: str) -> None:
+    def _give_back(self, job_id: str, fence: int) -> None:
         """Its message is shown again; failing that, it gets a new one soon."""
-        held = self._let_go(job_id)
+        held = self._let_go(job_id, fence)
         if held is None:
             with self._lock:
                 self._look_at = 0.0
@@ -238,19 +261,21 @@ class SqsStore(RedisStore):
     ) -> Verdict:
         verdict = super().append(job_id, fence, records, state)
         if verdict == "lost":
-            self._let_go(job_id)
+            self._let_go(job_id, fence)
         return verdict
 
     def complete(self, job_id: str, fence: int, status: Status, result: bytes, **more: Any) -> bool:
         done = super().complete(job_id, fence, status, result, **more)
-        held = self._let_go(job_id)
+        held = self._let_go(job_id, fence)
         if done and held is not None:
             self._chores.submit(self._best_effort, self._queues.delete, held.lane, held.receipt)
         return done
 
-    def _let_go(self, job_id: str) -> _Held | None:
+    def _let_go(self, job_id: str, fence: int) -> _Held | None:
+        """The message of this lease; that of a later one, which is here too, stays."""
         with self._lock:
-            return self._held.pop(job_id, None)
+            held = self._held.get(job_id)
+            return self._held.pop(job_id) if held is not None and held.fence == fence else None
 
 
 def _by_id(flat: Sequence[bytes]) -> dict[str, Lane]:

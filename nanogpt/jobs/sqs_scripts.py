@@ -7,8 +7,8 @@ the time at which that is given up. Whoever receives a message asks here what it
 
 from nanogpt.jobs.redis_scripts import COMMON
 
-# ARGV: seconds after which the message is given up, then ids. Twice as long after each message: a
-# job may just wait long.
+# ARGV: seconds after which the message is given up, then ids. Twice as long after each message that
+# brought nobody: a job may just wait long.
 SENT = (
     COMMON
     + """
@@ -44,6 +44,7 @@ local status = field(id, 'status')
 if status ~= 'queued' and status ~= 'in_progress' then return 0 end
 local held = tonumber(redis.call('ZSCORE', P .. ':leases', id) or now)
 if held > now then return tostring(held - now) end
+redis.call('HDEL', job(id), 'sends')
 return take(id, tonumber(ARGV[3]))
 """
 )
