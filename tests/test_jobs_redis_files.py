@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from nanogpt.errors import NotFound
+from nanogpt.errors import NotFound, Unavailable
 from nanogpt.jobs.redis import RedisStore
 from nanogpt.jobs.redis_files import ORPHAN_S, RedisFiles
 from nanogpt.jobs.runner import Lease, LeaseLost
@@ -92,6 +92,19 @@ def test_content_is_kept_for_ever_and_gone_with_its_file(store, files):
     files.delete(empty.id)
     assert keys(store, "content") == keys(store, "part") == []
     assert counted(store) == (0, 0)
+
+
+def test_an_upload_that_is_known_or_refused_leaves_nothing(store, files):
+    first = add(files, once="name")
+    assert add(files, b"again", once="name") == first
+    assert keys(store, "part") == []
+    assert counted(store)[0] == len(CONTENT)
+    store._max_bytes = 0
+    with pytest.raises(Unavailable, match="delete some"):
+        add(files)
+    assert keys(store, "part") == []
+    assert len(keys(store, "content")) == 1
+    assert counted(store)[0] == len(CONTENT)
 
 
 def test_what_expires_is_gone_whoever_dies_after_that(store, files):
