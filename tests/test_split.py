@@ -220,9 +220,10 @@ def test_a_repeat_with_the_same_key_is_the_same_answer(split):
     assert len(bodies) == 1
 
 
-def test_a_stream_outlives_its_redis(split, text):
+@pytest.mark.parametrize("headers", [{}, {"Idempotency-Key": "two"}], ids=["plain", "kept"])
+def test_a_stream_outlives_its_redis(split, text, headers):
     """Nothing that was accepted is lost when Redis is killed; new work is told to come back."""
-    pieces = split.stream()
+    pieces = split.stream(extra_headers=headers)
     got = [next(pieces)]
     split.redis.kill()
     answer = httpx.post(f"{split.web.url}/v1/completions", json=ask(max_tokens=1), timeout=60)
