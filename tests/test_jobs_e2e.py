@@ -1,5 +1,6 @@
 """Stored work on the real server: the official client, and kill -9 of everything in the middle."""
 
+import contextlib
 import http.server
 import json
 import signal
@@ -57,15 +58,20 @@ def stream_of(client: openai.OpenAI, completion_id: str, **query) -> openai.Stre
     )
 
 
+def _is_frontend(process: psutil.Process) -> bool:
+    try:
+        return "frontend" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
 def kill_all(server: Server) -> None:
     """kill -9 of every process of the server, the front end and its master first."""
-    processes = server.below()
+    processes = sorted(server.below(), key=_is_frontend, reverse=True)  # they die with the launcher
     server.process.kill()
-    for process in sorted(processes, key=lambda p: "frontend" not in " ".join(p.cmdline())):
-        try:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-        except psutil.NoSuchProcess:
-            continue
     psutil.wait_procs(processes, timeout=30)
 
 
