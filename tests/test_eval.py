@@ -232,10 +232,15 @@ class TestCommand:
         assert error.count("\n") == 1
 
 
-def test_the_bundled_card_is_of_the_bundled_weights():
-    directory = PROJECT / "nanogpt/weights/shakespeare-char"
+@pytest.mark.parametrize("name", ["shakespeare-char", "shakespeare-deep"])
+def test_the_bundled_card_is_of_the_bundled_weights(name):
+    directory = PROJECT / "nanogpt/weights" / name
     text = (directory / "README.md").read_text()
     dtype, fingerprint = re.search(r"\| weights \| (\w+), fingerprint (\w+) \|", text).groups()
     loaded = load_model(str(directory), "m", dtype=DTYPES[dtype], device="cpu")
     assert loaded.info.fingerprint == fingerprint
-    assert "| loss | 1.4840 nats a token |" in text
+    evaluated, trained = (
+        re.search(rf"\| {row} \| ([\d.]+) nats a token \|", text)[1]
+        for row in ("loss", "validation loss")
+    )
+    assert evaluated == trained

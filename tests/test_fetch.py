@@ -177,7 +177,7 @@ def test_wrong_bytes_are_not_kept(run, hub, tmp_path):
 
 def test_what_can_not_be_fetched(run, hub):
     for name, said in (
-        ("shakespeare-deep", "nanogpt train --config configs/train/shakespeare_deep.toml"),
+        ("shakespeare-finetune", "train --config configs/train/shakespeare_finetune.toml"),
         ("nobody/nothing", "check the name and the network"),
         ("/a/path", "neither a known model nor a name on the hub"),
     ):

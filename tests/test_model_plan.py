@@ -81,7 +81,7 @@ def planner(config: ServeConfig, tmp_path) -> Planner:
 def test_it_begins_with_what_fits_pinned_ones_first(tiny, tmp_path):
     made = planner(config_of(tiny, memory_gib=1), tmp_path)
     assert made.plan(None, ()).begin_with == ("shakespeare-char", "tiny")
-    assert [*made.infos] == ["shakespeare-char", "tiny"]
+    assert [*made.infos] == ["shakespeare-char", "tiny", "shakespeare-deep"]
     first = planner(config_of(tiny, memory_gib=0.028), tmp_path)
     assert first.plan(None, ()).begin_with == ("shakespeare-char",)
     assert first.plan(None, ["tiny"]).begin_with == ("tiny",)

@@ -47,7 +47,7 @@ def test_a_request_for_a_model_that_is_not_loaded_says_how_to_get_it(known):
     for name, said in (
         ("gpt2-xl", "nanogpt fetch gpt2-xl`, and start the server with --model gpt2-xl"),
         ("openai-community/gpt2-xl", "`nanogpt fetch gpt2-xl`"),
-        ("shakespeare-deep", "nanogpt train --config configs/train/shakespeare_deep.toml`"),
+        ("shakespeare-finetune", "train --config configs/train/shakespeare_finetune.toml`"),
         ("shakespeare-char", "is not loaded: start the server with --model shakespeare-char"),
     ):
         for response in (

@@ -375,11 +375,12 @@ def test_replace_dropout_reaches_every_layer():
 # ---------------------------------------------------------------------- what ships
 
 
-WEIGHTS = ROOT / "nanogpt" / "weights" / "shakespeare-char"
+SHIPPED = ROOT / "nanogpt" / "weights"
+shipped = pytest.mark.parametrize("weights", sorted(SHIPPED.iterdir()), ids=lambda path: path.name)
 
 
-def stated_loss():
-    card = (WEIGHTS / "README.md").read_text()
+def stated_loss(weights):
+    card = (weights / "README.md").read_text()
     return float(card.split("| validation loss | ")[1].split()[0])
 
 
@@ -396,19 +397,32 @@ def shakespeare(tmp_path_factory):
     return Dataset(directory)
 
 
-def test_shipped_card_states_the_best_of_the_curve():
-    with open(WEIGHTS / "loss.csv") as file:
+def test_the_shipped_weights_are_small_enough():
+    assert sum(f.stat().st_size for f in SHIPPED.rglob("*.safetensors")) < 60_000_000
+
+
+def test_the_deeper_one_is_better():
+    assert stated_loss(SHIPPED / "shakespeare-deep") < stated_loss(SHIPPED / "shakespeare-char")
+
+
+@shipped
+def test_shipped_card_states_the_best_of_the_curve(weights):
+    with open(weights / "loss.csv") as file:
         best = min(float(row["val_loss"]) for row in csv.DictReader(file))
-    assert stated_loss() == pytest.approx(best, abs=1e-4)
+    assert stated_loss(weights) == pytest.approx(best, abs=1e-4)
 
 
-def test_shipped_weights_on_a_part_of_the_split(shakespeare):
-    model, tokenizer = checkpoint.load(WEIGHTS)
+@shipped
+def test_shipped_weights_on_a_part_of_the_split(shakespeare, weights):
+    model, tokenizer = checkpoint.load(weights)
     assert tokenizer == shakespeare.meta.tokenizer
-    assert evaluate(model, shakespeare.val, windows=40) == pytest.approx(stated_loss(), abs=0.05)
+    assert evaluate(model, shakespeare.val, windows=40) == pytest.approx(
+        stated_loss(weights), abs=0.05
+    )
 
 
+@shipped
 @pytest.mark.large
-def test_shipped_weights_are_as_good_as_their_card_says(shakespeare):
-    model, _ = checkpoint.load(WEIGHTS)
-    assert evaluate(model, shakespeare.val) == pytest.approx(stated_loss(), abs=0.002)
+def test_shipped_weights_are_as_good_as_their_card_says(shakespeare, weights):
+    model, _ = checkpoint.load(weights)
+    assert evaluate(model, shakespeare.val) == pytest.approx(stated_loss(weights), abs=0.002)
