@@ -42,7 +42,8 @@ class Split:
         for worker in self.workers:
             worker.wait_for("^ready: ")
         self.client = self.web.client(timeout=3 * WAIT_S)
-        wait_for(lambda: self.is_ready())
+        # Each of the web server's processes hears of the clusters by itself, within a second.
+        wait_for(lambda: all(self.is_ready() for _ in range(20)))
 
     def _start(self, role: str, *options: str) -> Server:
         server = Server("--role", role, *options)
