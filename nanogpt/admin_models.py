@@ -84,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
     before = {model.id: model for model in _list(args.url).data}
     raw = _ask(args.url, f"/admin/models/{quote(args.model, safe='')}/{args.order}", b"")
     model = msgspec.json.decode(raw, type=_Model)
+    was = before.get(model.id, model)
     while args.order in DONE and model.state != DONE[args.order]:
-        was = before.get(model.id, model)
         if args.order == "unload" and model.loads > was.loads:
             break  # it was unloaded, and a request that waited has had it loaded again
         if args.order != "unload" and model.failures > was.failures:

@@ -78,7 +78,7 @@ def check_memory(config: ServeConfig, sources: Sequence[tuple[str, str]], ranks:
     free = process.available_memory()
     limit = config.residency.memory_gib
     if limit == "auto":
-        servable.check_weights(free // ranks, sizes)
+        servable.check_weights(int(free * servable.MODELS_SHARE / ranks), sizes)
         return
     if limit:
         servable.check_weights(int(limit * GIB), sizes)

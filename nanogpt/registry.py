@@ -64,6 +64,7 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     hub: str = ""  # its name on the Hugging Face hub, or
     directory: str = ""  # its place in this project
     recipe: str = ""  # in configs/train/, when the directory has to be trained first
+    base: str = ""  # the model of byte pairs from which the recipe starts
     aliases: tuple[str, ...] = ()
     tokenizer: Literal["char", "gpt2"]
     unknown: str = ""  # what a character model reads for one that it does not know; none: an error
@@ -76,6 +77,8 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     def __post_init__(self) -> None:
         if bool(self.hub) == bool(self.directory):
             raise ValueError("a model comes from `hub` or from `directory`: give one of them")
+        if bool(self.base) != bool(self.recipe and self.tokenizer == "gpt2"):
+            raise ValueError("`base` is for a recipe with GPT-2's byte pairs, which needs one")
         if self.unknown and (self.tokenizer != "char" or len(self.unknown) != 1):
             raise ValueError("`unknown` is one character, and for a tokenizer of characters")
 
@@ -110,8 +113,8 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
         train = f"nanogpt train --config {self.recipe}"
         if self.tokenizer == "char":
             return f"nanogpt prepare char && {train}"
-        base = read_toml(PROJECT / self.recipe)["init_from"]
-        return f"nanogpt fetch {base} && nanogpt prepare bpe --tokenizer-of {base} && {train}"
+        tokens = f"nanogpt prepare bpe --tokenizer-of {self.base}"
+        return f"nanogpt fetch {self.base} && {tokens} && {train}"
 
 
 def read_cards(directory: Path = CARDS) -> dict[str, ModelCard]:

@@ -8,6 +8,7 @@ from nanogpt.config import ServeConfig
 from nanogpt.errors import ConfigError, StartupError
 
 GIB = 2**30
+MODELS_SHARE = 0.8  # of a device's free memory, with residency.memory_gib = "auto"
 
 
 def servable(config: ServeConfig) -> list[tuple[str, str]]:

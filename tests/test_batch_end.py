@@ -17,19 +17,12 @@ from tests.app_utils import make_app, official_client
 from tests.fake_cluster import FakeCluster, play
 from tests.jobs_utils import jobs_app, wait_for
 from tests.redis_server import redis_server
-from tests.test_jobs_files import finished, jsonl, line, lines_of, silent_after
+from tests.test_jobs_files import begin_batch, finished, line, lines_of, silent_after
 
 
 @pytest.fixture(autouse=True)
 def _soon_again(monkeypatch):
     monkeypatch.setattr("nanogpt.jobs.runner.RETRY_S", 0.01)
-
-
-def begin(client, lines):
-    file = client.files.create(file=("a", jsonl(lines)), purpose="batch")
-    return client.batches.create(
-        input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
-    )
 
 
 def wait_for_lines(client, batch, count: int) -> None:
@@ -40,15 +33,23 @@ def assert_input_gone(batch) -> None:
     assert (batch.status, [e.code for e in batch.errors.data]) == ("failed", ["input_file_gone"])
 
 
+@contextlib.contextmanager
+def without_input(directory, lines: int, answered: int):
+    """A client, and a batch that has so many lines done, the others under way, and no input."""
+    cluster = FakeCluster()
+    cluster.script = silent_after(answered, cluster)
+    with jobs_app(directory, cluster) as app:
+        client = official_client(app, "none")
+        batch = begin_batch(client, [line(i) for i in range(lines)])
+        wait_for_lines(client, batch, answered)
+        client.files.delete(batch.input_file_id)
+        yield client, batch
+
+
 def test_an_input_that_goes_in_the_middle_leaves_the_results_so_far(tmp_path):
     """The batch failed without a word, and its results were nowhere."""
-    first = FakeCluster()
-    first.script = silent_after(4, first)
-    with jobs_app(tmp_path, first) as app:
-        client = official_client(app, "none")
-        batch = begin(client, [line(i) for i in range(10)])
-        wait_for_lines(client, batch, 4)
-        client.files.delete(batch.input_file_id)
+    with without_input(tmp_path, 10, answered=4) as (_, batch):
+        pass
     second = FakeCluster()
     with jobs_app(tmp_path, second) as app:
         client = official_client(app, "none")
@@ -62,13 +63,7 @@ def test_an_input_that_goes_in_the_middle_leaves_the_results_so_far(tmp_path):
 
 
 def test_a_cancelled_batch_whose_input_is_gone_is_cancelled(tmp_path):
-    first = FakeCluster()
-    first.script = silent_after(1, first)
-    with jobs_app(tmp_path, first) as app:
-        client = official_client(app, "none")
-        batch = begin(client, [line(i) for i in range(3)])
-        wait_for_lines(client, batch, 1)
-        client.files.delete(batch.input_file_id)
+    with without_input(tmp_path, 3, answered=1) as (client, batch):
         client.batches.cancel(batch.id)
         done = finished(client, batch.id)
         assert done.status == "cancelled"
@@ -83,7 +78,7 @@ def test_each_attempt_at_a_line_is_another_request_for_the_engines(tmp_path):
     first.script = lambda request: []
     with jobs_app(tmp_path, first) as app:
         client = official_client(app, "none")
-        batch = begin(client, [line(i) for i in range(3)])
+        batch = begin_batch(client, [line(i) for i in range(3)])
         wait_for(lambda: len(first.handles) == 3)
     with jobs_app(tmp_path, second) as app:
         client = official_client(app, "none")
@@ -117,7 +112,7 @@ def test_lines_that_run_when_their_input_goes_are_finished(tmp_path):
     with redis_app(tmp_path, cluster, JobsConfig(max_running=1)) as app:
         client = official_client(app, "none")
         lines = [json.dumps(line(i)).encode() + b" " * 700_000 for i in range(8)]
-        batch = begin(client, lines)
+        batch = begin_batch(client, lines)
         wait_for(lambda: client.batches.retrieve(batch.id).status == "in_progress")
         client.files.delete(batch.input_file_id)
         is_deleted.set()
@@ -142,7 +137,7 @@ def test_who_writes_the_files_again_runs_no_line_and_changes_nothing(tmp_path, m
     cluster.script = silent_after(2, cluster)
     with jobs_app(tmp_path, cluster) as app:
         client = official_client(app, "none")
-        batch = begin(client, [line(i) for i in range(5)])
+        batch = begin_batch(client, [line(i) for i in range(5)])
         wait_for_lines(client, batch, 2)
         monkeypatch.setattr(Files, "add", add_and_fail)
         client.batches.cancel(batch.id)

@@ -57,12 +57,17 @@ def jsonl(lines) -> bytes:
     return b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines)
 
 
-def run_batch(client, content: bytes, **more):
+def begin_batch(client, lines, **more):
+    """Its lines, or the content of its file."""
+    content = lines if isinstance(lines, bytes) else jsonl(lines)
     file = client.files.create(file=("in.jsonl", content), purpose="batch")
-    batch = client.batches.create(
+    return client.batches.create(
         input_file_id=file.id, endpoint="/v1/completions", completion_window="24h", **more
     )
-    return finished(client, batch.id)
+
+
+def run_batch(client, content: bytes, **more):
+    return finished(client, begin_batch(client, content, **more).id)
 
 
 def finished(client, batch_id):
@@ -379,10 +384,7 @@ def silent_after(count: int, cluster: FakeCluster):
 
 def test_cancel_reports_every_line(client, cluster):
     cluster.script = silent_after(3, cluster)
-    file = client.files.create(file=("a", jsonl([line(i) for i in range(10)])), purpose="batch")
-    batch = client.batches.create(
-        input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
-    )
+    batch = begin_batch(client, [line(i) for i in range(10)])
     wait_for(lambda: client.batches.retrieve(batch.id).request_counts.completed == 3)
     assert client.batches.cancel(batch.id).status == "cancelling"
     done = finished(client, batch.id)
@@ -410,10 +412,7 @@ def test_lines_that_are_done_are_not_run_again(tmp_path):
     first.script = silent_after(4, first)
     with jobs_app(tmp_path, first) as app:
         client = official_client(app, "none")
-        file = client.files.create(file=("a", jsonl([line(i) for i in range(10)])), purpose="batch")
-        batch = client.batches.create(
-            input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
-        )
+        batch = begin_batch(client, [line(i) for i in range(10)])
         wait_for(lambda: client.batches.retrieve(batch.id).request_counts.completed == 4)
     second = FakeCluster(play([b"hello"]))
     with jobs_app(tmp_path, second) as app:
@@ -430,12 +429,7 @@ def test_choices_of_all_lines_stay_within_the_room(tmp_path, cluster):
     cluster.script = lambda request: []
     with jobs_app(tmp_path, cluster, JobsConfig(max_running=8)) as app:
         client = official_client(app, "none")
-        file = client.files.create(
-            file=("a", jsonl([line(i, n=3) for i in range(10)])), purpose="batch"
-        )
-        batch = client.batches.create(
-            input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
-        )
+        batch = begin_batch(client, [line(i, n=3) for i in range(10)])
         wait_for(lambda: len(cluster.handles) == 2)
         assert client.batches.cancel(batch.id)
         finished(client, batch.id)
@@ -470,10 +464,7 @@ def test_a_ban_ends_the_lines_of_its_user_and_no_others(tmp_path, cluster, monke
     with jobs_app(tmp_path, cluster, settings, environ=CLOSED) as app:
         client = official_client(app, KEY)
         lines = [line(i, user="bob" if i == 1 else "mallory") for i in range(4)]
-        file = client.files.create(file=("a", jsonl(lines)), purpose="batch")
-        batch = client.batches.create(
-            input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
-        )
+        batch = begin_batch(client, lines)
         wait_for(lambda: len(cluster.handles) == 2)
         is_banned.set()
         ban = app.test_client().post(
@@ -499,10 +490,7 @@ def test_lines_for_another_clusters_model_are_left_to_it(tmp_path, monkeypatch, 
     with jobs_app(tmp_path, cluster, announcer=others) as app:
         client = official_client(app, "none")
         lines = [line(i, model=("another", NAME)[i % 2]) for i in range(6)]
-        file = client.files.create(file=("a", jsonl(lines)), purpose="batch")
-        batch = client.batches.create(
-            input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
-        )
+        batch = begin_batch(client, lines)
         wait_for(lambda: client.batches.retrieve(batch.id).request_counts.completed == 3)
         wait_for(lambda: others.asked >= 7)  # it goes back and comes again
         assert client.batches.retrieve(batch.id).status == "in_progress"

@@ -140,6 +140,7 @@ def test_cards_and_recipes_agree(card: ModelCard):
     recipe = config.load(str(PROJECT / card.recipe))
     if not card.directory.startswith("nanogpt/"):
         assert card.directory == f"{recipe.out}/best"
+    assert not card.base or card.base == recipe.init_from
     assert recipe.data.endswith("_char" if card.tokenizer == "char" else "_bpe")
     shape, like = card.shape, recipe.model
     if like is None:

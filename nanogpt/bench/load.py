@@ -12,6 +12,7 @@ from nanogpt.bench.connection import ConnectionLost
 from nanogpt.bench.outcome import Outcome, Recorder, error_message
 from nanogpt.bench.target import Target, post
 from nanogpt.bench.workload import Workload, bodies
+from nanogpt.errors import StartupError
 
 OnOutcome = Callable[[Outcome], None]
 
@@ -30,6 +31,12 @@ class Round(msgspec.Struct, kw_only=True):
     @property
     def tokens_per_s(self) -> float:
         return self.output_tokens / self.seconds if self.seconds else 0.0
+
+    def check(self) -> None:
+        """Raises StartupError when a request failed."""
+        for outcome in self.outcomes:
+            if not outcome.ok:
+                raise StartupError(f"a request failed: {outcome.status}: {outcome.error:.200}")
 
     @property
     def requests_per_s(self) -> float:

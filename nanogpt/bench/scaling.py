@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import msgspec
 
 from nanogpt.bench import output, revisions
-from nanogpt.bench.load import Round
 from nanogpt.bench.managed import stopping
 from nanogpt.bench.options import COUNT, number, numbers
 from nanogpt.bench.serve import warm, watched_round
@@ -15,7 +14,7 @@ from nanogpt.bench.table import Cell, table
 from nanogpt.bench.target import Target, find_target
 from nanogpt.bench.workload import Lengths, Workload
 from nanogpt.config import PROJECT
-from nanogpt.errors import ConfigError, StartupError
+from nanogpt.errors import ConfigError
 
 EXAMPLES = """\
 One request at a time, with n choices. With --launch our own server is started for each number of
@@ -113,15 +112,10 @@ def _measure(args: argparse.Namespace, target: Target, label: str) -> dict[int, 
             watched_round(target, workload, args.seed + i, f"{label}n {n}, {i + 1}")
             for i in range(args.rounds)
         ]
-        _check(rounds)
+        for one in rounds:
+            one.check()
         found[n] = Rate.of([one.tokens_per_s for one in rounds])
     return found
-
-
-def _check(rounds: Sequence[Round]) -> None:
-    for outcome in (o for one in rounds for o in one.outcomes):
-        if not outcome.ok:
-            raise StartupError(f"a request failed: {outcome.status}: {outcome.error:.200}")
 
 
 def _points(found: dict[int | None, dict[int, Rate]]) -> list[Point]:

@@ -1,7 +1,6 @@
 """`switching`: what it costs a request that the one before it was for another model."""
 
 import argparse
-import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,7 +14,6 @@ from nanogpt.bench.stats import MS
 from nanogpt.bench.table import Cell, table
 from nanogpt.bench.target import Target, find_target
 from nanogpt.bench.workload import Lengths, Workload
-from nanogpt.errors import StartupError
 
 EXAMPLES = """\
 One request at a time, on a running server that has the models in memory. In each round each model
@@ -93,8 +91,8 @@ def _round(
     targets: Sequence[Target], one: Workload, requests: int, number: int
 ) -> tuple[Times, Times]:
     """(In a row, by turns). No two prompts are equal: the prefix cache is not measured."""
-    in_a_row: list[Target] = [t for t in targets for _ in range(requests)]
-    by_turns: list[Target] = list(itertools.chain.from_iterable([targets] * requests))
+    in_a_row = [target for target in targets for _ in range(requests)]
+    by_turns = [*targets] * requests
     if number % 2:
         turns = _times(by_turns, one, 2 * number)
         return _times(in_a_row, one, 2 * number + 1), turns
@@ -106,9 +104,9 @@ def _times(order: Sequence[Target], one: Workload, part: int) -> Times:
     found: Times = defaultdict(list)
     for target in order:
         seed = part * len(order) + len(found[target.model])
-        (outcome,) = run_round(target, one, seed).outcomes
-        if not outcome.ok:
-            raise StartupError(f"a request failed: {outcome.status}: {outcome.error:.200}")
+        answered = run_round(target, one, seed)
+        answered.check()
+        (outcome,) = answered.outcomes
         found[target.model].append(outcome.e2e_s)
     return found
 

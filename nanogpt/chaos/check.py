@@ -93,10 +93,9 @@ def _problem(asked: Asked, books: Books) -> str:
     """What is wrong with one request's history, or nothing."""
     if asked.outcome == "refused":
         return _refusal(asked, books.faults)
-    if asked.outcome == "unreachable" and not cause(asked, books.faults):
-        return f"no answer, though somebody listened: {asked.error}"
     if asked.outcome == "unreachable":
-        return ""
+        excused = cause(asked, books.faults)
+        return "" if excused else f"no answer, though somebody listened: {asked.error}"
     if asked.outcome == "broken" and not cause(asked, books.faults):
         return f"the connection broke: {asked.error}"
     if asked.outcome in ("complete", "left", "broken"):

@@ -15,9 +15,9 @@ from nanogpt.errors import StartupError
 from nanogpt.model.dtypes import DTYPES, WeightDtype, fastest_dtype
 from nanogpt.model.load import LoadedModel, load_model
 from nanogpt.ranks import Ranks
+from nanogpt.servable import MODELS_SHARE
 
 GIB = 2**30
-MODELS_SHARE = 0.8  # of a device's free memory, for all models, if nothing else is said
 CPU_SHARE = 0.4  # of the memory that is free after loading, for KV
 CPU_MOST = 2 * GIB  # planned for a rank on a CPU: more would not make it faster
 

@@ -21,17 +21,21 @@ POLL_S = 1.0  # how long to wait before a ping
 AWAY_S = 0.2  # between attempts to read, while the store is away
 
 
-def news(store: Store, job_id: str, after: int) -> tuple[Job | None, list[bytes]] | None:
-    """What Store.read gives within `POLL_S`; None while the store is away. Whoever works on the job
-    goes on meanwhile, so who follows it waits as well, until the client or the server ends that."""
-    end = time.monotonic() + POLL_S
+def news(
+    store: Store, job_id: str, after: int, timeout_s: float = POLL_S
+) -> tuple[Job | None, list[bytes]] | None:
+    """What Store.read gives within that time; None while the store is away. Whoever works on the
+    job goes on meanwhile, so who follows it waits as well, until the client or the server ends
+    that."""
+    end = time.monotonic() + timeout_s
     while True:
         try:
             return store.read(job_id, after, max(0.0, end - time.monotonic()))
         except StoreUnavailable:
-            if time.monotonic() + AWAY_S > end:
+            left = end - time.monotonic()
+            if left <= 0:
                 return None
-            time.sleep(AWAY_S)
+            time.sleep(min(AWAY_S, left))
 
 
 class _Events:

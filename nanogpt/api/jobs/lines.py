@@ -125,7 +125,7 @@ class LineRunner:
             try:
                 handle = Gathered(self._cluster.submit(plan.request, is_patient=True), GATHER_S)
                 generate(plan, handle, assembler, collected, self._metrics, is_over)
-            except Unavailable as error:  # for now: the cluster or its memory is full
+            except Unavailable as error:  # the cluster or its memory is full
                 log.debug("a line of a batch waits: %s", error)
                 if is_over():
                     raise Stopped from None

@@ -16,6 +16,7 @@ from nanogpt.api.backend import Cluster
 from nanogpt.api.catalogue import system_fingerprint
 from nanogpt.api.jobs import outcome
 from nanogpt.api.jobs.execute import RETRY_S, STREAM_FLUSH_S, replaced
+from nanogpt.api.jobs.follow import news
 from nanogpt.api.jobs.generated import Generated
 from nanogpt.api.jobs.whereabouts import Elsewhere, find_here, nowhere
 from nanogpt.errors import ApiError
@@ -27,7 +28,6 @@ log = logging.getLogger(__name__)
 
 KEEP_S = 60.0  # after its end, should the web server be slow to read it
 LOOK_S = 1.0  # how often a cluster asks whether the client has left
-AWAY_S = 0.2  # between attempts to read, while the queue is away
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -109,11 +109,10 @@ class RelayHandle:
         if self._over:
             time.sleep(timeout)
             return ()
-        try:
-            job, records = self._store.read(self._id, self._read, timeout)
-        except StoreUnavailable:  # the cluster goes on meanwhile
-            time.sleep(min(timeout, AWAY_S))
+        now = news(self._store, self._id, self._read, timeout)
+        if now is None:
             return ()
+        job, records = now
         self._read += len(records)
         found: list[EngineEvent] = []
         for record in records:
