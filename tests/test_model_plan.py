@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from nanogpt import preflight, process, registry, servable
 from nanogpt.config import ServeConfig, convert
+from nanogpt.engine import check
 from nanogpt.engine.descriptions import Descriptions
 from nanogpt.engine.models import Models
 from nanogpt.engine.plan import Planner
@@ -138,7 +139,7 @@ def test_with_a_limit_known_models_whose_weights_are_here_are_offered_too(tiny, 
     assert "shakespeare-char" in dict(servable.servable(limited))
 
 
-def test_a_vocabulary_that_can_not_be_had_is_told_at_the_start(tiny, tmp_path, monkeypatch):
+def test_a_vocabulary_that_can_not_be_had_is_told_at_the_start(tiny, tmp_path, monkeypatch, capsys):
     """The front end ended for want of it, again and again."""
 
     def missing():
@@ -152,6 +153,8 @@ def test_a_vocabulary_that_can_not_be_had_is_told_at_the_start(tiny, tmp_path, m
         Models(config_of(tiny), ALONE, CPU).load("tiny")
     with pytest.raises(CheckpointError, match="vocabulary"):
         planner(config_of(tiny, memory_gib=1), tmp_path).plan(None, ())
+    assert check.main(["--model", f"tiny={tiny}"]) == 2  # before a reload ends what runs
+    assert "GPT-2's vocabulary can't be downloaded" in capsys.readouterr().err
 
 
 def test_what_a_card_says_of_unknown_characters_counts(tiny, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 from nanogpt import options, registry
 from nanogpt.errors import StartupError
 from nanogpt.model.load import load_model
+from nanogpt.tokenizer import check_vocabulary
 
 
 def main(argv: Sequence[str]) -> int:
@@ -19,7 +20,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         for name, source in registry.sources(config.models):
             unknown = registry.unknown_character(name, cards)
-            load_model(source, name, dtype=torch.bfloat16, device="cpu", unknown=unknown)
+            found = load_model(source, name, dtype=torch.bfloat16, device="cpu", unknown=unknown)
+            check_vocabulary(found.info.tokenizer)
     except StartupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
