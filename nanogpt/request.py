@@ -20,6 +20,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
     Under contention tenants of one priority get equal service on each rank, or service in
     proportion to `weight` (0.001 to 1000). `tenant` is an opaque name; "" is one like any other.
+
+    Who doesn't read token by token says in `gather_s` for how long tokens may be kept back, so
+    that they come in few events: the first token and the end of a choice are told at once anyway.
     """
 
     request_id: str
@@ -33,6 +36,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     priority: int = 0  # lower runs first
     tenant: str = ""  # whom the scheduler treats fairly: an API key and its end user
     weight: float = 1.0  # the tenant's share, relative to those of others
+    gather_s: float = 0.0
 
     def remaining(
         self,

@@ -245,7 +245,9 @@ class FakeCluster:
         )
         return {0: (stats,), 1: (stats,)}
 
-    def submit(self, request: GenerateRequest, *, is_patient: bool = False) -> FakeHandle:
+    def submit(
+        self, request: GenerateRequest, *, is_patient: bool = False, may_block: bool = True
+    ) -> FakeHandle:
         if self.refusal:
             raise self.refusal
         handle = FakeHandle(request, self.state.ranks, self.script(request), self.delay_s)

@@ -109,7 +109,7 @@ def test_lines_that_run_when_their_input_goes_are_finished(tmp_path):
         return answer(request)
 
     cluster = FakeCluster(script)
-    with redis_app(tmp_path, cluster, JobsConfig(max_running=1)) as app:
+    with redis_app(tmp_path, cluster, JobsConfig(max_batch_choices=1)) as app:
         client = official_client(app, "none")
         lines = [json.dumps(line(i)).encode() + b" " * 700_000 for i in range(8)]
         batch = begin_batch(client, lines)

@@ -147,6 +147,19 @@ def test_bursts_give_what_single_steps_give(
     assert {"stop", "length"} >= set(single.finish_reasons.values())
 
 
+@pytest.mark.parametrize("seconds", [0.002, 3600.0])
+def test_gathered_tokens_are_the_same(
+    burst_of: Callable[..., Engine], by_single_steps: Callable[..., Collector], seconds: float
+) -> None:
+    requests = load_of(random.Random(5))
+    expected = by_single_steps(requests)
+    found = run_all(
+        burst_of(), *(msgspec.structs.replace(each, gather_s=seconds) for each in requests)
+    )
+    assert found.tokens == expected.tokens
+    assert found.finish_reasons == expected.finish_reasons
+
+
 def test_arrivals_aborts_and_preemption_change_nothing(
     burst_of: Callable[..., Engine], by_single_steps: Callable[..., Collector]
 ) -> None:

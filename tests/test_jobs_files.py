@@ -427,7 +427,7 @@ def test_lines_that_are_done_are_not_run_again(tmp_path):
 
 def test_choices_of_all_lines_stay_within_the_room(tmp_path, cluster):
     cluster.script = lambda request: []
-    with jobs_app(tmp_path, cluster, JobsConfig(max_running=8)) as app:
+    with jobs_app(tmp_path, cluster, JobsConfig(max_batch_choices=8)) as app:
         client = official_client(app, "none")
         batch = begin_batch(client, [line(i, n=3) for i in range(10)])
         wait_for(lambda: len(cluster.handles) == 2)
@@ -456,11 +456,11 @@ def test_lines_are_under_the_content_rules_and_the_keys_models_but_no_limit(tmp_
 
 def test_a_ban_ends_the_lines_of_its_user_and_no_others(tmp_path, cluster, monkeypatch):
     """Those that run, and those that have not begun."""
-    monkeypatch.setattr("nanogpt.api.exchange.POLL_S", 0.01)
+    monkeypatch.setattr("nanogpt.api.jobs.batch_feed.LOOK_S", 0.01)
     answer = play([b"hello"])
     is_banned = threading.Event()
     cluster.script = lambda request: answer(request) if is_banned.is_set() else []
-    settings = JobsConfig(max_running=2)
+    settings = JobsConfig(max_batch_choices=2)
     with jobs_app(tmp_path, cluster, settings, environ=CLOSED) as app:
         client = official_client(app, KEY)
         lines = [line(i, user="bob" if i == 1 else "mallory") for i in range(4)]

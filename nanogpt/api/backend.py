@@ -95,9 +95,12 @@ class Cluster(Protocol):
     def stats(self) -> Mapping[int, Sequence[EngineStats]]:
         """The latest of each rank, one entry for each of its models."""
 
-    def submit(self, request: GenerateRequest, *, is_patient: bool = False) -> LiveHandle:
+    def submit(
+        self, request: GenerateRequest, *, is_patient: bool = False, may_block: bool = True
+    ) -> LiveHandle:
         """Accept a request without owners; a patient one waits for its model as long as that
-        takes. Raises Unavailable; InvalidRequest: too many choices."""
+        takes. During a reload this waits if it may. Raises Unavailable; InvalidRequest: too many
+        choices."""
 
     def drain(self) -> None:
         """Take no new requests. Safe to call from a signal handler."""

@@ -20,6 +20,8 @@ from nanogpt.tokenizer import Tokenizer
 MAX_LOGPROBS = 2**22
 MAX_ECHOED_CHARS = 2**26
 
+GATHER_S = 0.25  # how long tokens may be on their way that nobody reads one by one
+
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """One accepted request: what the engines get, and what the answer is made from."""
@@ -91,6 +93,8 @@ def make_plan(
         priority=request.priority,
         tenant=tenant,
         weight=weight,
+        # Where stop strings are looked for, later means in vain.
+        gather_s=0.0 if request.stream or request.stops else GATHER_S,
     )
     return Plan(
         request=generate,

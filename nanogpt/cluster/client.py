@@ -172,18 +172,21 @@ class ClusterClient:
         """Take no new requests; those that were accepted go on."""
         self._draining = True
 
-    def submit(self, request: GenerateRequest, *, is_patient: bool = False) -> RequestHandle:
+    def submit(
+        self, request: GenerateRequest, *, is_patient: bool = False, may_block: bool = True
+    ) -> RequestHandle:
         """Accept a request: from here on it gets every token, or one RequestFailed.
 
         One that was interrupted says in `resumed` and `finished` what it has already. While its
         model is not in memory it waits; unless it is patient there is a limit to that. While a
-        worker group restarts it waits for the next one, and during a reload this call does. Raises
-        Unavailable before the first group has come, when one does not come back, while draining,
-        and when too much is outstanding. A request that still runs under the same id fails.
+        worker group restarts it waits for the next one, and during a reload this call does if it
+        may. Raises Unavailable otherwise, before the first group has come, when one does not come
+        back, while draining, and when too much is outstanding. A request that still runs under the
+        same id fails.
         """
         known = self._models.get(request.model)
         while True:
-            self._check_open()
+            self._check_open(RESTART_PATIENCE_S if may_block else 0.0)
             with self._lock:
                 # Under the lock: what is accepted from here on must not be overlooked by a reload.
                 if self._hold.is_open:
@@ -195,9 +198,9 @@ class ClusterClient:
             raise Unavailable("the model has just been reloaded; try again", code="starting")
         return handle
 
-    def _check_open(self) -> None:
-        """Raises Unavailable when no requests are taken. Waits for the end of a reload."""
-        is_open = self._hold.wait(RESTART_PATIENCE_S)
+    def _check_open(self, wait_s: float) -> None:
+        """Raises Unavailable when no requests are taken. Waits so long for the end of a reload."""
+        is_open = self._hold.wait(wait_s)
         if self._draining:
             raise draining()
         if self._group is None or not self._models:

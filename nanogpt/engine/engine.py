@@ -7,6 +7,7 @@ no locks: it belongs to the thread that calls it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import takewhile
@@ -239,6 +240,7 @@ class Engine:
                 self._forget(seq)
                 events.append(_token_event(seq, finish_reason="length"))
         failed: set[str] = set()
+        now = time.monotonic()
         sampled = [seq for chunk in batch.chunks for seq in chunk.samplers]
         for seq, token_id, entry in zip(sampled, output.token_ids, output.logprobs, strict=True):
             if failed and seq.request_id in failed:
@@ -247,23 +249,29 @@ class Engine:
                 self.abort(seq.request_id)
                 events.append(RequestFailed(seq.request_id, NOTHING_TO_SAMPLE))
                 failed.add(seq.request_id)
-            else:
-                events.append(self._accept(seq, token_id, entry))
+            elif event := self._accept(seq, token_id, entry, now):
+                events.append(event)
         return events
 
-    def _accept(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> TokenEvent:
-        """Append a sampled token, or end the choice at it."""
+    def _accept(
+        self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None, now: float
+    ) -> TokenEvent | None:
+        """Append a sampled token, or end the choice at it. None: it is gathered."""
         if token_id in seq.ends:
             self._forget(seq)
             end = None if logprobs is None else token_id
             return _token_event(seq, (), logprobs, "stop", end)
         self._num_generated += 1
-        position = seq.output_len
-        if position + 1 >= seq.max_new:
+        if seq.output_len + 1 >= seq.max_new:
             self._forget(seq)
             return _token_event(seq, (token_id,), logprobs, "length")
-        if position and logprobs is None:  # as most tokens are
-            event = TokenEvent(seq.request_id, seq.index, position, (token_id,))
+        event = None
+        if seq.may_wait(now):
+            seq.untold.append(token_id)
+            if logprobs is not None:
+                seq.untold_logprobs.append(logprobs)
+        elif seq.output_len and logprobs is None and not seq.untold:  # as most tokens are
+            event = TokenEvent(seq.request_id, seq.index, seq.output_len, (token_id,))
         else:
             event = _token_event(seq, (token_id,), logprobs)
         seq.append(token_id)
@@ -276,12 +284,15 @@ class Engine:
             bursts.follow()
             rows = bursts.collect()
         events: list[EngineEvent] = []
+        now = time.monotonic()
         for seq, token_ids, num_known in rows:
             if seq.running:  # its request may have failed just now
-                events += self._accept_all(seq, token_ids, num_known)
+                events += self._accept_all(seq, token_ids, num_known, now)
         return events
 
-    def _accept_all(self, seq: Sequence, token_ids: list[int], num_known: int) -> list[EngineEvent]:
+    def _accept_all(
+        self, seq: Sequence, token_ids: list[int], num_known: int, now: float
+    ) -> list[EngineEvent]:
         """Append a burst's tokens, none too many for the choice, up to one that ends it. The
         scheduler knows that `num_known` of the positions before them have been computed."""
         accepted = [
@@ -297,13 +308,17 @@ class Engine:
             self.abort(seq.request_id)
             failure = RequestFailed(seq.request_id, NOTHING_TO_SAMPLE)
             return [event, failure] if accepted else [failure]
-        event = _token_event(seq, tuple(accepted), None, reason)
+        events: list[EngineEvent] = []
+        if seq.may_wait(now) and reason is None:
+            seq.untold += accepted
+        else:
+            events = [_token_event(seq, tuple(accepted), None, reason)]
         for token_id in accepted:
             seq.append(token_id)
         self._scheduler.advance(seq, len(accepted) + (ending is not None) - num_known)
         if reason:
             self._forget(seq)
-        return [event]
+        return events
 
     def _forget(self, seq: Sequence) -> None:
         self._scheduler.finish(seq)
@@ -322,12 +337,15 @@ def _token_event(
     finish_reason: FinishReason | None = None,
     end_token_id: int | None = None,
 ) -> TokenEvent:
+    """With these tokens, which have not been appended yet, behind those that were not told."""
+    gathered, entries = seq.untold, seq.untold_logprobs
+    seq.untold, seq.untold_logprobs = [], []
     return TokenEvent(
         request_id=seq.request_id,
         index=seq.index,
-        position=seq.output_len,
-        token_ids=token_ids,
-        logprobs=() if logprobs is None else (logprobs,),
+        position=seq.output_len - len(gathered),
+        token_ids=(*gathered, *token_ids),
+        logprobs=(*entries, *(() if logprobs is None else (logprobs,))),
         finish_reason=finish_reason,
         cached_tokens=0 if seq.output_len else seq.cached_tokens or 0,
         end_token_id=end_token_id,

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nanogpt.request import GenerateRequest
+from nanogpt.request import GenerateRequest, TokenLogprobs
 from nanogpt.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class Sequence:
         "ends",
         "flow",
         "followers",
+        "gather_s",
         "has_slid",
         "index",
         "leader",
@@ -71,7 +72,10 @@ class Sequence:
         "score_next",
         "tenant",
         "tokens",
+        "told_at",
         "uniforms",
+        "untold",
+        "untold_logprobs",
         "weight",
     )
 
@@ -109,6 +113,10 @@ class Sequence:
         self.leader: Sequence | None = None
         self.followers: list[Sequence] = []
         self.score_next = self.prompt_len  # next prompt position to report log probabilities of
+        self.gather_s = request.gather_s
+        self.told_at = 0  # the interval of gather_s in which its latest event was made
+        self.untold: list[int] = []  # its latest tokens, which no event has brought yet
+        self.untold_logprobs: list[TokenLogprobs] = []  # theirs, if asked for
         # What the sampler draws when it needs them.
         self.uniforms: np.ndarray | None = None
         self.counts: TokenCounts | None = None
@@ -143,6 +151,15 @@ class Sequence:
         self.tokens.append(token_id)
         if self.counts is not None:
             self.counts.add(token_id)
+
+    def may_wait(self, now: float) -> bool:
+        """Whether the next tokens need not be told yet. Intervals begin at the same time for all
+        sequences, so that those of a step are told together."""
+        if not self.gather_s:
+            return False
+        interval = int(now / self.gather_s)
+        is_same, self.told_at = interval == self.told_at, interval
+        return is_same and self.output_len > 0
 
     def slide(self) -> None:
         """Keep what fits into the context, all of which is to be computed."""

@@ -1,7 +1,8 @@
 """Feeds the lines of a batch to the engines, and keeps their results.
 
-The batch's thread reads lines, hands them to threads as there is room, and keeps what these bring
-under the batch's lease.
+All of it is done by the batch's thread: it reads lines, begins with them as there is room, looks
+after those that run, and keeps their results under the batch's lease. A thread for each line would
+take the interpreter from those that serve clients, and the cores from the engines.
 """
 
 import logging
@@ -9,16 +10,15 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import msgspec
 
 from nanogpt.api.jobs.batches import custom_request_id
-from nanogpt.api.jobs.lines import LineAnswer, LineRunner, Stopped, choices, refused
+from nanogpt.api.jobs.lines import Line, LineAnswer, LineRunner, choices, refused
 from nanogpt.api.jobs.objects import LineError, LineResponse, OutputLine
-from nanogpt.api.protocol import CompletionRequest
 from nanogpt.api.response import encode
-from nanogpt.errors import ApiError
+from nanogpt.errors import ApiError, Banned
 from nanogpt.jobs import batches
 from nanogpt.jobs.batches import BatchLine, BatchState, LineResult
 from nanogpt.jobs.runner import Lease, PutBack
@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 FLUSH_S = 0.2  # how often results are kept
 LOOK_S = 1.0  # how often a batch asks whether it was cancelled
+TURN_S = 0.25  # how often lines are looked at that say nothing
+FULL_S = 0.05  # between two looks for room, which other batches may give back
 MAX_UNKEPT = 10_000  # results that wait for a store that is not there
 
 
@@ -56,6 +58,12 @@ class Room:
             self._free += count
 
 
+class _Running(NamedTuple):
+    custom_id: str
+    line: Line
+    taken: int  # of the room
+
+
 class BatchFeed:
     """Lines on their way through the engines."""
 
@@ -67,12 +75,11 @@ class BatchFeed:
         state.completed = state.failed = 0
         for record in lease.each_record():
             self._count(batches.result(record))
-        self._results: queue.SimpleQueue[LineResult | None] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[int] = queue.SimpleQueue()  # numbers of lines that have some
+        self._running: dict[int, _Running] = {}  # by the line's number
         self._unkept: list[bytes] = []
         self._left_to_others = ""  # a model that lines want and another cluster has
-        self._running = 0
-        self._stop = threading.Event()
-        self._keep_at = self._look_at = 0.0
+        self._keep_at = self._look_at = self._turn_at = 0.0  # time.monotonic()
 
     @property
     def complete(self) -> bool:
@@ -91,9 +98,7 @@ class BatchFeed:
         try:
             self._feed(lines, clock)
         finally:
-            self._stop.set()
-            while self._running:  # they notice within a second
-                self._collect(LOOK_S)
+            self._give_up()
             self._keep()
         while self._unkept:  # the store was not there
             self._lease.check()
@@ -101,46 +106,34 @@ class BatchFeed:
             self._keep()
 
     def _feed(self, lines: Iterator[tuple[int, bytes]], clock: Callable[[], float]) -> None:
-        with ThreadPoolExecutor(self._room.total, "batch-line") as pool:
-            try:
-                if not self._start_all(pool, lines, clock):
-                    return
-                while self._running and not self._must_stop(clock):
-                    self._turn(FLUSH_S)
-                leaves_some = self._left_to_others and not self.input_gone
-                if leaves_some and not self._must_stop(clock):
-                    name = self._left_to_others
-                    raise PutBack(f"the model {name!r} is served by another cluster")
-            finally:
-                self._stop.set()  # before the pool waits for its threads
+        if not self._start_all(lines, clock):
+            return
+        while self._running and not self._must_stop(clock):
+            self._turn(FLUSH_S)
+        leaves_some = self._left_to_others and not self.input_gone
+        if leaves_some and not self._must_stop(clock):
+            raise PutBack(f"the model {self._left_to_others!r} is served by another cluster")
 
-    def _start_all(
-        self,
-        pool: ThreadPoolExecutor,
-        lines: Iterator[tuple[int, bytes]],
-        clock: Callable[[], float],
-    ) -> bool:
+    def _start_all(self, lines: Iterator[tuple[int, bytes]], clock: Callable[[], float]) -> bool:
         """Those without a result, as far as they can be read. False when the batch must stop."""
         if self.complete:
             return True
         try:
             for number, text in lines:
-                if number not in self.done and not self._start(pool, number, text, clock):
+                if number not in self.done and not self._start(number, text, clock):
                     return False
         except InputGone:
             self.input_gone = True
         return True
 
-    def _start(
-        self, pool: ThreadPoolExecutor, number: int, text: bytes, clock: Callable[[], float]
-    ) -> bool:
-        """Hand a line to a thread as soon as there is room. False when the batch must stop."""
+    def _start(self, number: int, text: bytes, clock: Callable[[], float]) -> bool:
+        """Begin with a line as soon as there is room. False when the batch must stop."""
         line = batches.read_line(text)
         assert isinstance(line, BatchLine), "it was validated"
         try:
             request = self._runner.parse(bytes(line.body))
         except ApiError as error:
-            self._take(_answered(self._lease.job.id, number, line, refused(error)))
+            self._take(_answered(self._lease.job.id, number, line.custom_id, refused(error)))
             self._turn(0.0)
             return not self._must_stop(clock)
         if self._runner.is_elsewhere(request):
@@ -151,9 +144,16 @@ class BatchFeed:
                 return False
             if len(self._unkept) < MAX_UNKEPT and (taken := self._room.take(choices(request))):
                 break
-            self._turn(0.05)
-        self._running += 1
-        pool.submit(self._work, number, line, request, taken)
+            self._turn(FULL_S)
+        begun = self._runner.begin(
+            request,
+            owner=self._lease.job.owner,
+            request_id=custom_request_id(self._lease.job.id, number),
+            seed=batches.seed_of(self._lease.job.id, number),
+            on_news=lambda: self._news.put(number),
+        )
+        self._running[number] = _Running(line.custom_id, begun, taken)
+        self._advance(number)
         self._turn(0.0)
         return True
 
@@ -162,26 +162,59 @@ class BatchFeed:
         if now >= self._look_at:
             self._look_at = now + LOOK_S
             self._lease.check()
+            self._turn_away()
             self.expired = clock() >= self._expires
         return self.expired or self._lease.cancelled
 
-    # The batch's thread keeps results
+    def _turn_away(self) -> None:
+        """Lines of users who have been banned meanwhile."""
+        job = self._lease.job
+        banned: dict[str | None, LineAnswer] = {}
+        for user in {its.line.user for its in self._running.values()}:
+            try:
+                self._runner.check_still_allowed(job.owner, user, job.id)
+            except Banned as error:
+                banned[user] = refused(error)
+        for number, its in [*self._running.items()] if banned else ():
+            if its.line.user in banned:
+                its.line.close()
+                self._end(number, banned[its.line.user])
 
     def _turn(self, timeout: float) -> None:
-        self._collect(timeout)
-        if self._unkept and time.monotonic() >= self._keep_at:
+        """Advance lines that have news, after waiting so many seconds for some, and all of them
+        every now and then. Raises LeaseLost."""
+        try:
+            self._advance(self._news.get(timeout=timeout) if timeout else self._news.get_nowait())
+            while True:
+                self._advance(self._news.get_nowait())
+        except queue.Empty:
+            pass
+        now = time.monotonic()
+        if now >= self._turn_at:
+            for number in [*self._running]:
+                self._advance(number)
+            self._turn_at = time.monotonic() + TURN_S
+        if self._unkept and now >= self._keep_at:
             self._keep()
 
-    def _collect(self, timeout: float) -> None:
-        try:
-            found = self._results.get(timeout=timeout) if timeout else self._results.get_nowait()
-            while True:
-                self._running -= 1
-                if found is not None:
-                    self._take(found)
-                found = self._results.get_nowait()
-        except queue.Empty:
-            return
+    def _advance(self, number: int) -> None:
+        its = self._running.get(number)
+        if its is not None and (answer := its.line.turn()):
+            self._end(number, answer)
+
+    def _end(self, number: int, answer: LineAnswer) -> None:
+        its = self._running.pop(number)
+        self._room.give_back(its.taken)
+        self._take(_answered(self._lease.job.id, number, its.custom_id, answer))
+
+    def _give_up(self) -> None:
+        """What still runs has no result, and is run again or reported as not run."""
+        for number in [*self._running]:
+            self._advance(number)  # it may just have ended
+        for its in self._running.values():
+            its.line.close()
+            self._room.give_back(its.taken)
+        self._running.clear()
 
     def _take(self, found: LineResult) -> None:
         self._count(found)
@@ -197,31 +230,12 @@ class BatchFeed:
             log.error("results of %s wait: %s", self._lease.job.id, error)
             self._keep_at += LOOK_S
 
-    # A line's thread
 
-    def _work(self, number: int, line: BatchLine, request: CompletionRequest, taken: int) -> None:
-        found: LineResult | None = None
-        try:
-            answer = self._runner.run(
-                request,
-                owner=self._lease.job.owner,
-                request_id=custom_request_id(self._lease.job.id, number),
-                seed=batches.seed_of(self._lease.job.id, number),
-                stopped=self._stop.is_set,
-            )
-            found = _answered(self._lease.job.id, number, line, answer)
-        except Stopped:
-            pass  # it has no result, and is run again or reported as not run
-        finally:
-            self._room.give_back(taken)
-            self._results.put(found)
-
-
-def _answered(batch_id: str, number: int, line: BatchLine, answer: LineAnswer) -> LineResult:
+def _answered(batch_id: str, number: int, custom_id: str, answer: LineAnswer) -> LineResult:
     response = LineResponse(
         answer.status, custom_request_id(batch_id, number), msgspec.Raw(answer.body)
     )
-    text = output_line(batch_id, number, line.custom_id, response, None)
+    text = output_line(batch_id, number, custom_id, response, None)
     return LineResult(number, answer.status == 200, text)
 
 

@@ -21,7 +21,7 @@ from nanogpt.api.jobs import once, outcome
 from nanogpt.api.jobs.follow import follow, news
 from nanogpt.api.jobs.objects import Deleted
 from nanogpt.api.jobs.owned import owned
-from nanogpt.api.plan import Plan, make_plan, real_name
+from nanogpt.api.plan import GATHER_S, Plan, make_plan, real_name
 from nanogpt.api.protocol import CompletionRequest
 from nanogpt.api.response import encode
 from nanogpt.api.service import CLIENT_GONE, Service
@@ -114,7 +114,7 @@ class Completions:
     def _put(self, caller: Caller, plan: Plan, name: str, digest: bytes) -> Job:
         background = plan.completion.background
         if background:
-            plan = behind(plan, BACKGROUND_PRIORITY)
+            plan = behind(plan, BACKGROUND_PRIORITY, 0.0 if plan.completion.stream else GATHER_S)
         job = Job(
             id=plan.request.request_id,
             kind="completion",
@@ -240,12 +240,11 @@ class Completions:
         return job
 
 
-def behind(plan: Plan, priority: int) -> Plan:
-    """The plan, to run after those of less priority."""
+def behind(plan: Plan, priority: int, gather_s: float) -> Plan:
+    """The plan, to run after those of less priority, and its tokens to come in few pieces."""
     lower = min(plan.request.priority + priority, _MAX_PRIORITY)
-    return msgspec.structs.replace(
-        plan, request=msgspec.structs.replace(plan.request, priority=lower)
-    )
+    request = msgspec.structs.replace(plan.request, priority=lower, gather_s=gather_s)
+    return msgspec.structs.replace(plan, request=request)
 
 
 def _not_found(completion_id: str) -> NotFound:

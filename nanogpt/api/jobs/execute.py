@@ -7,14 +7,13 @@ import msgspec
 
 from nanogpt.api.admission import Admission
 from nanogpt.api.assemble import Assembler
-from nanogpt.api.backend import Cluster, Handle, LiveHandle
+from nanogpt.api.backend import Cluster, Handle
 from nanogpt.api.catalogue import system_fingerprint
 from nanogpt.api.errors import ClientGone
 from nanogpt.api.jobs import outcome
-from nanogpt.api.jobs.gathered import Gathered
 from nanogpt.api.jobs.generated import Generated
 from nanogpt.api.jobs.owned import check_still_allowed
-from nanogpt.api.jobs.unattended import generate
+from nanogpt.api.jobs.unattended import unattended
 from nanogpt.api.jobs.whereabouts import Elsewhere, find_here, nowhere
 from nanogpt.api.metrics import Metrics
 from nanogpt.api.plan import Plan, make_plan
@@ -88,17 +87,14 @@ class CompletionExecutor:
         handle = _Keeper(
             self._cluster.submit(text.remaining(lease.job.fence), is_patient=True), lease, text
         )
+        exchange = unattended(text.plan, handle, text.assembler, self._metrics, is_cancelled)
         try:
-            generate(
-                text.plan,
-                handle,
-                text.assembler,
-                text.collected,
-                self._metrics,
-                is_cancelled,
-            )
+            for deltas in exchange.deltas():
+                text.collected.add(deltas or ())
         except ClientGone:
             return False
+        finally:
+            exchange.close()
         return True
 
 
@@ -162,11 +158,9 @@ class Text(Generated):
 class _Keeper:
     """A handle whose events are kept in the store on their way."""
 
-    def __init__(self, handle: LiveHandle, lease: Lease, text: Text) -> None:
-        is_stream = text.plan.completion.stream
-        self._interval = STREAM_FLUSH_S if is_stream else FLUSH_S
-        self._handle: Handle = handle if is_stream else Gathered(handle, FLUSH_S)
-        self._lease, self._text = lease, text
+    def __init__(self, handle: Handle, lease: Lease, text: Text) -> None:
+        self._interval = STREAM_FLUSH_S if text.plan.completion.stream else FLUSH_S
+        self._handle, self._lease, self._text = handle, lease, text
         self._keep_at = 0.0  # the first ones at once
 
     @property

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -10,12 +11,12 @@ import msgspec
 from nanogpt.api import errors
 from nanogpt.api.admission import Admission
 from nanogpt.api.assemble import Assembler
-from nanogpt.api.backend import Cluster
+from nanogpt.api.backend import Cluster, LiveHandle
 from nanogpt.api.caller import Caller
-from nanogpt.api.errors import ClientGone
+from nanogpt.api.exchange import Exchange
 from nanogpt.api.jobs.completions import BATCH_PRIORITY, behind
-from nanogpt.api.jobs.gathered import Gathered
-from nanogpt.api.jobs.unattended import generate
+from nanogpt.api.jobs.owned import check_still_allowed
+from nanogpt.api.jobs.unattended import unattended
 from nanogpt.api.jobs.whereabouts import Elsewhere, nowhere
 from nanogpt.api.metrics import Metrics
 from nanogpt.api.plan import make_plan, real_name
@@ -23,11 +24,15 @@ from nanogpt.api.protocol import CompletionRequest, parse_completion, prompt_cou
 from nanogpt.api.response import Collected, encode
 from nanogpt.errors import ApiError, InvalidRequest, Unavailable
 from nanogpt.registry import ModelCard
+from nanogpt.request import EngineEvent, TokenEvent
 
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.5  # after a cluster that was full, or had no room for the model
-GATHER_S = 0.25  # how often a line looks for tokens; its end is told at once
+# How long tokens may be on their way to here. That of a line's end is told at once; what a stop
+# string ends, only when it is seen.
+GATHER_S = 2.0
+STOP_S = 0.25
 
 
 class LineAnswer(NamedTuple):
@@ -35,12 +40,8 @@ class LineAnswer(NamedTuple):
     body: bytes
 
 
-class Stopped(Exception):
-    """The line was given up before its end: it has no result."""
-
-
 class LineRunner:
-    """Thread-safe."""
+    """Makes lines of requests. Thread-safe."""
 
     def __init__(
         self,
@@ -70,70 +71,118 @@ class LineRunner:
         name = real_name(models, request.model, self._cards)
         return name not in models and self._elsewhere(name)
 
-    def run(
+    def begin(
         self,
         request: CompletionRequest,
         *,
         owner: str,
         request_id: str,
         seed: int,
-        stopped: Callable[[], bool],
-    ) -> LineAnswer:
-        """`seed` is for a request without one. Raises Stopped soon after `stopped` says so."""
-        try:
-            return LineAnswer(200, self._run(request, owner, request_id, seed, stopped))
-        except Stopped:
-            raise
-        except Exception as error:
-            return refused(error)
-
-    def _run(
-        self,
-        request: CompletionRequest,
-        owner: str,
-        request_id: str,
-        seed: int,
-        stopped: Callable[[], bool],
-    ) -> bytes:
+        on_news: Callable[[], None],
+    ) -> "Line":
+        """`seed` is for a request without one; `on_news` is called, in any thread, when the line
+        should be looked at again at once."""
         if request.seed is None:
             request = msgspec.structs.replace(request, seed=seed)
         caller = Caller.of_owner(self._admission, owner, request_id)
+        caller.user = request.user
+        return Line(request.user, lambda: self._attempt(request, caller, on_news))
+
+    def check_still_allowed(self, owner: str, user: str | None, request_id: str) -> None:
+        """Every now and then while lines run. Raises Banned."""
+        check_still_allowed(self._admission, owner, user, request_id)
+
+    def _attempt(
+        self, request: CompletionRequest, caller: Caller, on_news: Callable[[], None]
+    ) -> "_Attempt":
+        """Raises ApiError."""
         models = self._cluster.models()
         name = real_name(models, request.model, self._cards)
         info = caller.find_model(models, name, self._cards)
-        caller.user = request.user
         tokenizer = self._cluster.tokenizer(info.name)
-        plan = behind(
-            make_plan(
-                request,
-                info,
-                tokenizer,
-                tenant=caller.tenant,
-                weight=caller.weight,
-                clock=self._clock,
-            ),
-            BATCH_PRIORITY,
+        plan = make_plan(
+            request,
+            info,
+            tokenizer,
+            tenant=caller.tenant,
+            weight=caller.weight,
+            clock=self._clock,
         )
+        plan = behind(plan, BATCH_PRIORITY, STOP_S if request.stops else GATHER_S)
         caller.admit_line(plan)
+        handle = self._cluster.submit(plan.request, is_patient=True, may_block=False)
+        assembler = Assembler(plan, tokenizer)
+        exchange = unattended(plan, handle, assembler, self._metrics, lambda: False)
+        return _Attempt(exchange, handle, on_news)
 
-        def is_over() -> bool:
-            caller.check_still_allowed()
-            return stopped()
 
-        while True:
-            assembler, collected = Assembler(plan, tokenizer), Collected(plan)
-            try:
-                handle = Gathered(self._cluster.submit(plan.request, is_patient=True), GATHER_S)
-                generate(plan, handle, assembler, collected, self._metrics, is_over)
-            except Unavailable as error:  # the cluster or its memory is full
-                log.debug("a line of a batch waits: %s", error)
-                if is_over():
-                    raise Stopped from None
-                time.sleep(RETRY_S)
-            except ClientGone:
-                raise Stopped from None
-            else:
-                return encode(collected.completion(assembler, assembler.best(plan.completion.n)))
+class Line:
+    """One line on its way. For one thread."""
+
+    def __init__(self, user: str | None, attempt: Callable[[], "_Attempt"]) -> None:
+        self.user = user
+        self._make_attempt = attempt
+        self._attempt: _Attempt | None = None
+        self._try_at = 0.0  # time.monotonic()
+
+    def turn(self) -> LineAnswer | None:
+        """Go on; the answer, when that was the end. Cheap when there is nothing new."""
+        try:
+            if self._attempt is None:
+                if time.monotonic() < self._try_at:
+                    return None
+                self._attempt = self._make_attempt()
+            body = self._attempt.turn()
+            return None if body is None else LineAnswer(200, body)
+        except Unavailable as error:  # the cluster or its memory is full
+            log.debug("a line of a batch waits: %s", error)
+            self.close()
+            self._try_at = time.monotonic() + RETRY_S
+            return None
+        except Exception as error:
+            self.close()
+            return refused(error)
+
+    def close(self) -> None:
+        """Give up what runs."""
+        if self._attempt is not None:
+            self._attempt.close()
+            self._attempt = None
+
+
+class _Attempt:
+    """A request of a line at the engines."""
+
+    def __init__(self, exchange: Exchange, handle: LiveHandle, on_news: Callable[[], None]) -> None:
+        self._exchange, self._on_news = exchange, on_news
+        self._collected = Collected(exchange.plan)
+        self._inbox: deque[EngineEvent] = deque()
+        handle.send_to(self._take)
+
+    def _take(self, events: Sequence[EngineEvent]) -> None:
+        """In whatever thread brings them."""
+        self._inbox.extend(events)
+        if any(map(_is_urgent, events)):
+            self._on_news()
+
+    def turn(self) -> bytes | None:
+        """The answer, when it is complete. Raises ServerError, Unavailable."""
+        if self._inbox:
+            events = [self._inbox.popleft() for _ in range(len(self._inbox))]
+            self._collected.add(self._exchange.advance(events))
+        if not self._exchange.assembler.done:
+            return None
+        self.close()
+        assembler = self._exchange.assembler
+        n = self._exchange.plan.completion.n
+        return encode(self._collected.completion(assembler, assembler.best(n)))
+
+    def close(self) -> None:
+        self._exchange.close()
+
+
+def _is_urgent(event: EngineEvent) -> bool:
+    return not isinstance(event, TokenEvent) or event.finish_reason is not None
 
 
 def choices(request: CompletionRequest) -> int:

@@ -103,7 +103,9 @@ class RemoteCluster:
         """Each cluster knows its own."""
         return {}
 
-    def submit(self, request: GenerateRequest, *, is_patient: bool = False) -> relay.RelayHandle:
+    def submit(
+        self, request: GenerateRequest, *, is_patient: bool = False, may_block: bool = True
+    ) -> relay.RelayHandle:
         """Raises Unavailable; InvalidRequest for too many choices."""
         if self._draining:
             raise draining()

@@ -66,7 +66,7 @@ class Stored:
                 "batch": BatchExecutor(
                     LineRunner(cluster, cards, admission, service.metrics, clock, elsewhere),
                     self._contents,
-                    Room(config.max_running),
+                    Room(config.max_batch_choices),
                     max_line_bytes=max_body_bytes,
                     keep_s=keep_s,
                     clock=clock,

@@ -8,20 +8,17 @@ from nanogpt.api.backend import Handle
 from nanogpt.api.exchange import Exchange
 from nanogpt.api.metrics import Metrics
 from nanogpt.api.plan import Plan
-from nanogpt.api.response import Collected
 
 
-def generate(
+def unattended(
     plan: Plan,
     handle: Handle,
     assembler: Assembler,
-    collected: Collected,
     metrics: Metrics,
     is_gone: Callable[[], bool],
-) -> None:
-    """Collect the whole answer, however long it waits for its turn. Raises ClientGone soon after
-    `is_gone` says so; ServerError when the engines gave up."""
-    exchange = Exchange(
+) -> Exchange:
+    """Waits for its turn however long that takes, and ends soon after `is_gone` says so."""
+    return Exchange(
         plan,
         handle,
         assembler,
@@ -32,8 +29,3 @@ def generate(
         on_close=lambda prompt_tokens, completion_tokens: None,
         queue_timeout_s=float("inf"),
     )
-    try:
-        for deltas in exchange.deltas():
-            collected.add(deltas or ())
-    finally:
-        exchange.close()
