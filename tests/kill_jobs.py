@@ -243,7 +243,8 @@ def run(
                     loop.start(role)
             time.sleep(1.0)
             while loop.faults.total() < faults or len(loop.lines("enqueuer")) < jobs:
-                loop.strike()
+                if loop.faults.total() < faults:
+                    loop.strike()
                 time.sleep(0.3)
                 loop.wake()
             loop.stop("enqueuer")

@@ -190,6 +190,30 @@ def test_a_queue_that_fails_holds_up_its_own_lane_only(queue, monkeypatch):
     assert store.claim(Lane.BATCH, LEASE_S, WAIT_S).id == "stuck"
 
 
+def test_a_queue_that_does_not_answer_holds_up_its_own_lane_only(queue, monkeypatch):
+    """Whoever claims neither waits for what is sent nor for what is received."""
+    monkeypatch.setattr(sqs_module, "SENDING_S", 0.1)
+    store, answers = queue.open(), threading.Event()
+    for method in ("send", "receive"):
+        real = getattr(store._queues, method)
+
+        def ask(lane, *arguments, real=real):
+            if lane is Lane.NOW:
+                assert answers.wait(WAIT_S), "somebody waited for this queue"
+            return real(lane, *arguments)
+
+        monkeypatch.setattr(store._queues, method, ask)
+    queue.open_redis().put(job("stuck", lane=Lane.NOW))  # for want of a message
+    try:
+        for i in range(3):
+            store.put(job(f"j{i}"))
+            assert store.claim(Lane.BATCH, LEASE_S, WAIT_S).id == f"j{i}"
+            time.sleep(0.2)  # so that the other lane's message is missed
+    finally:
+        answers.set()
+    assert store.claim(Lane.BATCH, LEASE_S, WAIT_S).id == "stuck"
+
+
 def test_the_end_of_an_old_lease_leaves_the_message_of_a_later_one(queue):
     store = queue.open()
     store.put(job("j"))

@@ -10,7 +10,7 @@ messages may come twice, late, in any order, or never:
   lease runs out, Redis notices, and a new message is sent.
 - what nobody received in ten minutes is sent again, then after twenty, and so on, until the job is
   taken.
-- a queue that fails holds up its own lane only.
+- a queue that fails, or does not answer, holds up its own lane only.
 """
 
 import logging
@@ -18,7 +18,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 from nanogpt.jobs import sqs_scripts as scripts
@@ -65,6 +65,8 @@ class SqsStore(RedisStore):
         self._news = threading.Condition()
         self._receivers = {lane: self._receiver(lane) for lane in Lane}
         self._chores = ThreadPoolExecutor(4, "sqs-chores")
+        self._senders = ThreadPoolExecutor(len(Lane), "sqs-send")
+        self._sending: dict[Lane, Future[None]] = {}  # messages that were missing
 
     def _receiver(self, lane: Lane) -> Receiver:
         return Receiver(
@@ -80,6 +82,7 @@ class SqsStore(RedisStore):
         for receiver in self._receivers.values():
             receiver.join()
         self._chores.shutdown()
+        self._senders.shutdown(cancel_futures=True)
         self._queues.close()
         super().close()
 
@@ -123,6 +126,7 @@ class SqsStore(RedisStore):
         lanes = [lane for lane in Lane if lane <= last]
         self._resend()
         if timeout_s <= 0:
+            wait(self._sending.values())
             return next((j for lane in lanes if (j := self._claim_now(lane, lease_s))), None)
         end = time.monotonic() + timeout_s
         while (found := self._next(lanes, end)) is not None:
@@ -162,16 +166,16 @@ class SqsStore(RedisStore):
         """The job that the message is about, unless somebody has it or it has ended."""
         if message.body is None or message.body.name != self.namespace:
             log.warning("a queue of %s holds messages that are not ours", lane.name)
-            self._best_effort(self._queues.hide, lane, [message.receipt], FOREIGN_S)
+            self._later(self._queues.hide, lane, [message.receipt], FOREIGN_S)
             return None
         job_id = message.body.job
         answer = self._run(scripts.TAKE, job_id, lease_s)
         if isinstance(answer, bytes):  # it may be another's for as long as that
             seconds = math.ceil(float(answer))
-            self._best_effort(self._queues.hide, lane, [message.receipt], seconds)
+            self._later(self._queues.hide, lane, [message.receipt], seconds)
             return None
         if not answer:
-            self._best_effort(self._queues.delete, lane, message.receipt)
+            self._later(self._queues.delete, lane, message.receipt)
             return None
         job = read_job(answer)
         assert job is not None
@@ -179,6 +183,10 @@ class SqsStore(RedisStore):
             until = time.monotonic() + self._hidden_s
             self._held[job_id] = _Held(job.fence, lane, message.receipt, until)
         return job
+
+    def _later(self, action: Any, *arguments: Any) -> None:
+        """In another thread: the queue may take long to answer."""
+        self._chores.submit(self._best_effort, action, *arguments)
 
     def _best_effort(self, action: Any, *arguments: Any) -> bool:
         """What happens by itself later, when it fails now."""
@@ -202,17 +210,22 @@ class SqsStore(RedisStore):
             due |= {i: every[i] for i, since in self._unsent.items() if now - since >= SENDING_S}
         for lane in Lane:
             ids = [job_id for job_id, its in due.items() if its is lane]
-            try:
-                self._send_all(lane, ids)
-            except StoreUnavailable as error:
-                log.error("%d jobs of %s wait for a message: %s", len(ids), lane.name, error)
-                with self._lock:  # again after SENDING_S
-                    self._unsent.update(dict.fromkeys(ids, now))
+            before = self._sending.get(lane)
+            if ids and (before is None or before.done()):
+                self._sending[lane] = self._senders.submit(self._send_all, lane, ids)
 
     def _send_all(self, lane: Lane, ids: Sequence[str]) -> None:
+        """In a thread of the lane's own: its queue may take long to answer."""
         for start in range(0, len(ids), AT_ONCE):
             some = ids[start : start + AT_ONCE]
-            self._queues.send(lane, [self._message(job_id) for job_id in some])
+            try:
+                self._queues.send(lane, [self._message(job_id) for job_id in some])
+            except StoreUnavailable as error:
+                left = ids[start:]
+                log.error("%d jobs of %s wait for a message: %s", len(left), lane.name, error)
+                with self._lock:  # again after SENDING_S
+                    self._unsent.update(dict.fromkeys(left, time.monotonic()))
+                return
             self._mark_sent(some)
 
     # Holding
@@ -254,7 +267,7 @@ class SqsStore(RedisStore):
         for lane, receipts in chunks.items():
             for start in range(0, len(receipts), AT_ONCE):
                 some = receipts[start : start + AT_ONCE]
-                self._chores.submit(self._best_effort, self._queues.hide, lane, some, HELD_S)
+                self._later(self._queues.hide, lane, some, HELD_S)
 
     def append(
         self, job_id: str, fence: int, records: Sequence[bytes], state: bytes | None = None
@@ -268,7 +281,7 @@ class SqsStore(RedisStore):
         done = super().complete(job_id, fence, status, result, **more)
         held = self._let_go(job_id, fence)
         if done and held is not None:
-            self._chores.submit(self._best_effort, self._queues.delete, held.lane, held.receipt)
+            self._later(self._queues.delete, held.lane, held.receipt)
         return done
 
     def _let_go(self, job_id: str, fence: int) -> _Held | None:
