@@ -44,7 +44,7 @@ from nanogpt.api.service import Service
 from nanogpt.cluster.client import ClusterClient, ClusterStatus
 from nanogpt.cluster.connect import connect
 from nanogpt.cluster.keeper import LOCK, OWNER_VARIABLE
-from nanogpt.config import HttpConfig, Role, ServeConfig
+from nanogpt.config import EngineConfig, HttpConfig, Role, ServeConfig
 from nanogpt.errors import ApiError, InvalidRequest, StartupError, UnsupportedMediaType
 from nanogpt.jobs.announce import Announcer, Listener
 from nanogpt.jobs.redis import RedisStore
@@ -82,10 +82,11 @@ def create_app(
     role: Role = "all",
     announcer: Announcer | None = None,
     residents: Residents | None = None,
+    max_num_seqs: int = EngineConfig().max_num_seqs,
 ) -> flask.Flask:
     """The application. `clock` gives the seconds since the epoch that answers carry; `jobs` is what
     keeps work for later, and is closed with the Service; `residents` are the cluster's models,
-    where this process decides about them."""
+    where this process decides about them; `max_num_seqs`: choices that a rank runs at once."""
     app = flask.Flask("nanogpt", static_folder=None)
     # One byte more than allowed: a body in chunks is cut there in silence, so _body can see it.
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_mib * 2**20 + 1
@@ -106,6 +107,7 @@ def create_app(
             admission=admission,
             cards=cards,
             max_body_bytes=settings.max_body_mib * 2**20,
+            max_num_seqs=max_num_seqs,
             clock=clock,
             announcer=announcer,
         )
@@ -577,6 +579,7 @@ def main(argv: list[str]) -> int:
             role=config.role,
             announcer=_announcer(config, store, cluster),
             residents=residents,
+            max_num_seqs=config.engine.max_num_seqs,
         )
 
     try:

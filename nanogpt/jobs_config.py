@@ -78,10 +78,14 @@ class JobsConfig(Section, frozen=True, kw_only=True):
     keep_hours: Annotated[float, Meta(ge=0.001, le=87_600)] = 720.0  # after the end, and files
     max_queued: Annotated[int, Meta(ge=1, le=1_000_000)] = 10_000  # unfinished completions, batches
     max_running: Annotated[int, Meta(ge=1, le=4096)] = 256  # choices in the background at once
-    # Choices of batches at once: more than engines run, so that one that ends has a successor.
-    max_batch_choices: Annotated[int, Meta(ge=1, le=16384)] = 2048
+    # Of batches; 0: a quarter more than all ranks run, so that one that ends has a successor.
+    max_batch_choices: Annotated[int, Meta(ge=0, le=65536)] = 0
     max_file_mb: Annotated[int, Meta(ge=1, le=4096)] = 200
     max_store_mb: Annotated[int, Meta(ge=16, le=10_000_000)] = 20_000  # of all that is kept
+
+    def batch_choices(self, running: int) -> int:
+        """How many are at the engines at once, of which so many run."""
+        return self.max_batch_choices or running + max(1, running // 4)
 
     def directory(self, port: int) -> Path:
         """Where the server on this port keeps its jobs. Raises ConfigError."""

@@ -21,8 +21,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     Under contention tenants of one priority get equal service on each rank, or service in
     proportion to `weight` (0.001 to 1000). `tenant` is an opaque name; "" is one like any other.
 
-    Who doesn't read token by token says in `gather_s` for how long tokens may be kept back, so
-    that they come in few events: the first token and the end of a choice are told at once anyway.
+    Who doesn't read token by token says in `gather_s` for how many seconds tokens may be kept back
+    while the choice runs, so that they come in few events. The first token and the end of a choice
+    are told at once anyway, and tokens with log probabilities are never kept back.
     """
 
     request_id: str

@@ -13,7 +13,10 @@ import msgspec
 import openai
 import pytest
 
+from nanogpt.api.admission import Admission
+from nanogpt.api.jobs.batch_feed import FIRST_PAUSE_S, Gate
 from nanogpt.config import HttpConfig
+from nanogpt.errors import Unauthorized, Unavailable
 from nanogpt.jobs import batches
 from nanogpt.jobs_config import JobsConfig
 from nanogpt.request import RequestFailed
@@ -507,9 +510,14 @@ def test_lines_for_another_clusters_model_are_left_to_it(tmp_path, monkeypatch, 
         assert len(output) + len(errors) == 6
 
 
-def test_lines_wait_while_there_is_no_room_for_their_model(client, cluster, monkeypatch):
+@pytest.fixture
+def quick_gate(monkeypatch):
+    monkeypatch.setattr("nanogpt.api.jobs.batch_feed.FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("nanogpt.api.jobs.batch_feed.LONGEST_PAUSE_S", 0.02)
+
+
+def test_lines_wait_while_there_is_no_room_for_their_model(client, cluster, quick_gate):
     """A pinned model made them fail, all that were left."""
-    monkeypatch.setattr("nanogpt.api.jobs.lines.RETRY_S", 0.01)
     answer = play([b"hello"])
 
     def script(request):
@@ -522,6 +530,83 @@ def test_lines_wait_while_there_is_no_room_for_their_model(client, cluster, monk
     assert (done.request_counts.completed, done.request_counts.failed) == (4, 0)
     bodies = [x["response"]["body"] for x in lines_of(client, done.output_file_id).values()]
     assert {body["choices"][0]["text"] for body in bodies} == {"hel"}
+
+
+def test_only_one_line_asks_whether_a_cluster_is_back(tmp_path, cluster, quick_gate):
+    """And all of them are let in, and counted as such, once."""
+    asked, audit = [], tmp_path / "audit"
+    submit = cluster.submit
+
+    def count(request, **options):
+        asked.append(request.request_id)
+        return submit(request, **options)
+
+    cluster.submit = count
+    cluster.refusal = Unavailable("being loaded", code="starting")
+    with jobs_app(tmp_path, cluster, table={"audit_file": str(audit)}) as app:
+        client = official_client(app, "none")
+        batch = begin_batch(client, [line(i) for i in range(20)])
+        wait_for(lambda: len(asked) >= 3)
+        assert len(set(asked)) < 5
+        cluster.refusal = None
+        done = finished(client, batch.id)
+        assert done.request_counts.completed == 20
+    entries = [json.loads(text) for text in audit.read_text().splitlines()]
+    assert len([entry for entry in entries if entry["decision"] == "admitted"]) == 20
+
+
+def test_lines_of_a_key_that_is_gone_are_refused_and_the_others_kept(
+    tmp_path, cluster, monkeypatch
+):
+    is_gone = threading.Event()
+    named = Admission.named
+
+    def find(admission, name):
+        if is_gone.is_set():
+            raise Unauthorized("that key is no longer valid")
+        return named(admission, name)
+
+    monkeypatch.setattr(Admission, "named", find)
+    with jobs_app(tmp_path, cluster, environ=CLOSED) as app:
+        client = official_client(app, KEY)
+        answer = play([b"hello"])
+
+        def script(request):
+            if len(cluster.handles) == 2:
+                is_gone.set()
+            return answer(request)
+
+        cluster.script = script
+        done = run_batch(client, jsonl([line(i) for i in range(5)]))
+        assert (done.request_counts.completed, done.request_counts.failed) == (3, 2)
+        errors = lines_of(client, done.error_file_id)
+        assert {x["response"]["status_code"] for x in errors.values()} == {401}
+
+
+def test_a_gate_lets_one_through_until_that_one_has_a_token(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("nanogpt.api.jobs.batch_feed.time.monotonic", lambda: now)
+    gate = Gate()
+    assert gate.lets(1)
+    assert gate.lets(2)
+    gate.shut()
+    gate.shut()  # 2 fails as well
+    assert not gate.lets(1)
+    now += FIRST_PAUSE_S
+    assert gate.lets(2)
+    assert not gate.lets(1)
+    gate.shut()
+    now += FIRST_PAUSE_S
+    assert not gate.lets(1)
+    now += FIRST_PAUSE_S
+    assert gate.lets(1)
+    gate.forget(1)  # cancelled
+    assert gate.lets(3)
+    gate.open()
+    assert gate.lets(1)
+    assert gate.lets(2)
+    gate.shut()
+    assert not gate.lets(1)
 
 
 def test_many_lines_are_never_in_memory_together(tmp_path):

@@ -93,7 +93,7 @@ def make_plan(
         priority=request.priority,
         tenant=tenant,
         weight=weight,
-        # Where stop strings are looked for, later means in vain.
+        # Somebody waits for it: what comes after a stop string is computed in vain.
         gather_s=0.0 if request.stream or request.stops else GATHER_S,
     )
     return Plan(

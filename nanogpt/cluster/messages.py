@@ -26,7 +26,7 @@ from nanogpt.request import (
     TokenEvent,
 )
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 64 * 2**20  # a full batch of prompts is under 20 MiB
 
 

@@ -268,8 +268,6 @@ class Engine:
         event = None
         if seq.may_wait(now):
             seq.untold.append(token_id)
-            if logprobs is not None:
-                seq.untold_logprobs.append(logprobs)
         elif seq.output_len and logprobs is None and not seq.untold:  # as most tokens are
             event = TokenEvent(seq.request_id, seq.index, seq.output_len, (token_id,))
         else:
@@ -307,7 +305,7 @@ class Engine:
             event = _token_event(seq, tuple(accepted))
             self.abort(seq.request_id)
             failure = RequestFailed(seq.request_id, NOTHING_TO_SAMPLE)
-            return [event, failure] if accepted else [failure]
+            return [event, failure] if event.token_ids else [failure]
         events: list[EngineEvent] = []
         if seq.may_wait(now) and reason is None:
             seq.untold += accepted
@@ -338,14 +336,13 @@ def _token_event(
     end_token_id: int | None = None,
 ) -> TokenEvent:
     """With these tokens, which have not been appended yet, behind those that were not told."""
-    gathered, entries = seq.untold, seq.untold_logprobs
-    seq.untold, seq.untold_logprobs = [], []
+    gathered, seq.untold = seq.untold, []
     return TokenEvent(
         request_id=seq.request_id,
         index=seq.index,
         position=seq.output_len - len(gathered),
         token_ids=(*gathered, *token_ids),
-        logprobs=(*entries, *(() if logprobs is None else (logprobs,))),
+        logprobs=() if logprobs is None else (logprobs,),
         finish_reason=finish_reason,
         cached_tokens=0 if seq.output_len else seq.cached_tokens or 0,
         end_token_id=end_token_id,

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nanogpt.request import GenerateRequest, TokenLogprobs
+from nanogpt.request import GenerateRequest
 from nanogpt.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -75,7 +75,6 @@ class Sequence:
         "told_at",
         "uniforms",
         "untold",
-        "untold_logprobs",
         "weight",
     )
 
@@ -113,10 +112,10 @@ class Sequence:
         self.leader: Sequence | None = None
         self.followers: list[Sequence] = []
         self.score_next = self.prompt_len  # next prompt position to report log probabilities of
-        self.gather_s = request.gather_s
+        # With log probabilities what is kept back would be too large for a message.
+        self.gather_s = request.gather_s if self.params.logprobs is None else 0.0
         self.told_at = 0  # the interval of gather_s in which its latest event was made
         self.untold: list[int] = []  # its latest tokens, which no event has brought yet
-        self.untold_logprobs: list[TokenLogprobs] = []  # theirs, if asked for
         # What the sampler draws when it needs them.
         self.uniforms: np.ndarray | None = None
         self.counts: TokenCounts | None = None

@@ -64,9 +64,10 @@ class SqsStore(RedisStore):
         self._lock = threading.Lock()
         self._news = threading.Condition()
         self._receivers = {lane: self._receiver(lane) for lane in Lane}
-        self._chores = ThreadPoolExecutor(4, "sqs-chores")
-        self._senders = ThreadPoolExecutor(len(Lane), "sqs-send")
+        # What nobody waits for, in threads of the lane's own: its queue may take long to answer.
+        self._chores = {lane: ThreadPoolExecutor(2, f"sqs-{lane.name.lower()}") for lane in Lane}
         self._sending: dict[Lane, Future[None]] = {}  # messages that were missing
+        self._closed = False
 
     def _receiver(self, lane: Lane) -> Receiver:
         return Receiver(
@@ -81,8 +82,9 @@ class SqsStore(RedisStore):
             receiver.stop()
         for receiver in self._receivers.values():
             receiver.join()
-        self._chores.shutdown()
-        self._senders.shutdown(cancel_futures=True)
+        self._closed = True
+        for chores in self._chores.values():
+            chores.shutdown(cancel_futures=True)
         self._queues.close()
         super().close()
 
@@ -184,9 +186,8 @@ class SqsStore(RedisStore):
             self._held[job_id] = _Held(job.fence, lane, message.receipt, until)
         return job
 
-    def _later(self, action: Any, *arguments: Any) -> None:
-        """In another thread: the queue may take long to answer."""
-        self._chores.submit(self._best_effort, action, *arguments)
+    def _later(self, action: Any, lane: Lane, *arguments: Any) -> None:
+        self._chores[lane].submit(self._best_effort, action, lane, *arguments)
 
     def _best_effort(self, action: Any, *arguments: Any) -> bool:
         """What happens by itself later, when it fails now."""
@@ -212,10 +213,9 @@ class SqsStore(RedisStore):
             ids = [job_id for job_id, its in due.items() if its is lane]
             before = self._sending.get(lane)
             if ids and (before is None or before.done()):
-                self._sending[lane] = self._senders.submit(self._send_all, lane, ids)
+                self._sending[lane] = self._chores[lane].submit(self._send_all, lane, ids)
 
     def _send_all(self, lane: Lane, ids: Sequence[str]) -> None:
-        """In a thread of the lane's own: its queue may take long to answer."""
         for start in range(0, len(ids), AT_ONCE):
             some = ids[start : start + AT_ONCE]
             try:
@@ -226,7 +226,12 @@ class SqsStore(RedisStore):
                 with self._lock:  # again after SENDING_S
                     self._unsent.update(dict.fromkeys(left, time.monotonic()))
                 return
+            except Exception:  # nobody looks at the end of this thread
+                log.exception("sending messages failed")
+                return
             self._mark_sent(some)
+            if self._closed:
+                return
 
     # Holding
 

@@ -114,6 +114,7 @@ def _again(old: Plan, new: Plan) -> Plan:
         priority=old.request.priority,
         tenant=old.request.tenant,
         weight=old.request.weight,
+        gather_s=old.request.gather_s,
         params=msgspec.structs.replace(new.request.params, seed=old.request.params.seed),
     )
     return msgspec.structs.replace(new, request=request, created=old.created)

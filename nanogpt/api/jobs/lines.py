@@ -1,7 +1,5 @@
 """One line of a batch: the same way as a request, behind everybody else's."""
 
-import logging
-import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -13,22 +11,20 @@ from nanogpt.api.admission import Admission
 from nanogpt.api.assemble import Assembler
 from nanogpt.api.backend import Cluster, LiveHandle
 from nanogpt.api.caller import Caller
+from nanogpt.api.catalogue import system_fingerprint
 from nanogpt.api.exchange import Exchange
 from nanogpt.api.jobs.completions import BATCH_PRIORITY, behind
 from nanogpt.api.jobs.owned import check_still_allowed
 from nanogpt.api.jobs.unattended import unattended
 from nanogpt.api.jobs.whereabouts import Elsewhere, nowhere
 from nanogpt.api.metrics import Metrics
-from nanogpt.api.plan import make_plan, real_name
+from nanogpt.api.plan import Plan, make_plan, real_name
 from nanogpt.api.protocol import CompletionRequest, parse_completion, prompt_count
 from nanogpt.api.response import Collected, encode
 from nanogpt.errors import ApiError, InvalidRequest, Unavailable
 from nanogpt.registry import ModelCard
 from nanogpt.request import EngineEvent, TokenEvent
 
-log = logging.getLogger(__name__)
-
-RETRY_S = 0.5  # after a cluster that was full, or had no room for the model
 # How long tokens may be on their way to here. That of a line's end is told at once; what a stop
 # string ends, only when it is seen.
 GATHER_S = 2.0
@@ -71,7 +67,7 @@ class LineRunner:
         name = real_name(models, request.model, self._cards)
         return name not in models and self._elsewhere(name)
 
-    def begin(
+    def line(
         self,
         request: CompletionRequest,
         *,
@@ -81,67 +77,105 @@ class LineRunner:
         on_news: Callable[[], None],
     ) -> "Line":
         """`seed` is for a request without one; `on_news` is called, in any thread, when the line
-        should be looked at again at once."""
+        should be advanced at once."""
         if request.seed is None:
             request = msgspec.structs.replace(request, seed=seed)
-        caller = Caller.of_owner(self._admission, owner, request_id)
-        caller.user = request.user
-        return Line(request.user, lambda: self._attempt(request, caller, on_news))
+        return Line(self, request, owner, request_id, on_news)
 
     def check_still_allowed(self, owner: str, user: str | None, request_id: str) -> None:
         """Every now and then while lines run. Raises Banned."""
         check_still_allowed(self._admission, owner, user, request_id)
 
-    def _attempt(
-        self, request: CompletionRequest, caller: Caller, on_news: Callable[[], None]
-    ) -> "_Attempt":
-        """Raises ApiError."""
+    def is_current(self, plan: Plan) -> bool:
+        """Whether it is for the model as it is now."""
+        info = self._cluster.models().get(plan.request.model)
+        return info is not None and system_fingerprint(info) == plan.fingerprint
+
+    def plan(
+        self, request: CompletionRequest, owner: str, request_id: str, *, is_admitted: bool
+    ) -> Plan:
+        """Raises ApiError. Whether the line may be generated at all is asked only once."""
+        caller = Caller.of_owner(self._admission, owner, request_id)
+        caller.user = request.user
         models = self._cluster.models()
         name = real_name(models, request.model, self._cards)
         info = caller.find_model(models, name, self._cards)
-        tokenizer = self._cluster.tokenizer(info.name)
         plan = make_plan(
             request,
             info,
-            tokenizer,
+            self._cluster.tokenizer(info.name),
             tenant=caller.tenant,
             weight=caller.weight,
             clock=self._clock,
         )
-        plan = behind(plan, BATCH_PRIORITY, STOP_S if request.stops else GATHER_S)
-        caller.admit_line(plan)
+        if not is_admitted:
+            caller.admit_line(plan)
+        return behind(plan, BATCH_PRIORITY, STOP_S if request.stops else GATHER_S)
+
+    def submit(self, plan: Plan, on_news: Callable[[], None]) -> "Attempt":
+        """Raises Unavailable."""
+        assembler = Assembler(plan, self._cluster.tokenizer(plan.request.model))
         handle = self._cluster.submit(plan.request, is_patient=True, may_block=False)
-        assembler = Assembler(plan, tokenizer)
         exchange = unattended(plan, handle, assembler, self._metrics, lambda: False)
-        return _Attempt(exchange, handle, on_news)
+        return Attempt(exchange, handle, on_news)
 
 
 class Line:
     """One line on its way. For one thread."""
 
-    def __init__(self, user: str | None, attempt: Callable[[], "_Attempt"]) -> None:
-        self.user = user
-        self._make_attempt = attempt
-        self._attempt: _Attempt | None = None
-        self._try_at = 0.0  # time.monotonic()
+    def __init__(
+        self,
+        runner: LineRunner,
+        request: CompletionRequest,
+        owner: str,
+        request_id: str,
+        on_news: Callable[[], None],
+    ) -> None:
+        self.request = request
+        self._runner, self._owner, self._id = runner, owner, request_id
+        self._on_news = on_news
+        self._plan: Plan | None = None
+        self._attempt: Attempt | None = None
 
-    def turn(self) -> LineAnswer | None:
-        """Go on; the answer, when that was the end. Cheap when there is nothing new."""
+    @property
+    def is_begun(self) -> bool:
+        """Whether the engines have it."""
+        return self._attempt is not None
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether anything of it was generated."""
+        return self._attempt is not None and self._attempt.has_tokens
+
+    def begin(self) -> LineAnswer | None:
+        """Give it to the engines; the answer, when that can't be done. Raises Unavailable."""
         try:
-            if self._attempt is None:
-                if time.monotonic() < self._try_at:
-                    return None
-                self._attempt = self._make_attempt()
-            body = self._attempt.turn()
-            return None if body is None else LineAnswer(200, body)
-        except Unavailable as error:  # the cluster or its memory is full
-            log.debug("a line of a batch waits: %s", error)
-            self.close()
-            self._try_at = time.monotonic() + RETRY_S
+            if self._plan is None or not self._runner.is_current(self._plan):
+                is_admitted = self._plan is not None
+                self._plan = self._runner.plan(
+                    self.request, self._owner, self._id, is_admitted=is_admitted
+                )
+            self._attempt = self._runner.submit(self._plan, self._on_news)
             return None
+        except Unavailable:
+            raise
+        except Exception as error:
+            return refused(error)
+
+    def advance(self) -> LineAnswer | None:
+        """Take what is new; the answer, when that was the end. Cheap when there is nothing. Raises
+        Unavailable when the engines can't have it now: it has not begun then."""
+        if self._attempt is None:
+            return None
+        try:
+            body = self._attempt.advance()
+        except Unavailable:
+            self.close()
+            raise
         except Exception as error:
             self.close()
             return refused(error)
+        return None if body is None else LineAnswer(200, body)
 
     def close(self) -> None:
         """Give up what runs."""
@@ -150,13 +184,14 @@ class Line:
             self._attempt = None
 
 
-class _Attempt:
+class Attempt:
     """A request of a line at the engines."""
 
     def __init__(self, exchange: Exchange, handle: LiveHandle, on_news: Callable[[], None]) -> None:
         self._exchange, self._on_news = exchange, on_news
         self._collected = Collected(exchange.plan)
         self._inbox: deque[EngineEvent] = deque()
+        self.has_tokens = False
         handle.send_to(self._take)
 
     def _take(self, events: Sequence[EngineEvent]) -> None:
@@ -165,11 +200,12 @@ class _Attempt:
         if any(map(_is_urgent, events)):
             self._on_news()
 
-    def turn(self) -> bytes | None:
+    def advance(self) -> bytes | None:
         """The answer, when it is complete. Raises ServerError, Unavailable."""
         if self._inbox:
             events = [self._inbox.popleft() for _ in range(len(self._inbox))]
             self._collected.add(self._exchange.advance(events))
+            self.has_tokens = True
         if not self._exchange.assembler.done:
             return None
         self.close()

@@ -42,11 +42,13 @@ class Stored:
         admission: Admission,
         cards: Mapping[str, ModelCard],
         max_body_bytes: int,
+        max_num_seqs: int,
         clock: Callable[[], float],
         announcer: Announcer | None = None,
     ) -> None:
         """`directory`: where the content of files is kept, or passes through when the store is
-        shared by servers: it is there too then."""
+        shared by servers: it is there too then. `max_num_seqs`: choices that a rank runs at once.
+        """
         self._store, self._announcer = store, announcer
         keep_s = config.keep_hours * HOUR_S
         self.completions = Completions(
@@ -66,7 +68,9 @@ class Stored:
                 "batch": BatchExecutor(
                     LineRunner(cluster, cards, admission, service.metrics, clock, elsewhere),
                     self._contents,
-                    Room(config.max_batch_choices),
+                    Room(
+                        lambda: config.batch_choices(max(1, cluster.status().ranks) * max_num_seqs)
+                    ),
                     max_line_bytes=max_body_bytes,
                     keep_s=keep_s,
                     clock=clock,
