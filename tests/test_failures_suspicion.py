@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from nanogpt.cluster import client as cluster_client
 from nanogpt.cluster.client import ClusterClient
+from nanogpt.cluster.hold import Hold
 from nanogpt.cluster.messages import Submit
 from nanogpt.cluster.respawn import OUT_OF_MEMORY, STUCK
 from nanogpt.cluster.suspicion import PEER_LOST, Suspicion, is_fault, is_suspect
@@ -106,12 +107,21 @@ def endpoints(tmp_path):
 
 
 @pytest.fixture
-def client(endpoints, ready):
+def hold():
+    is_asked = threading.Event()
+    hold = Hold(is_asked.is_set)
+    hold.is_asked = is_asked
+    return hold
+
+
+@pytest.fixture
+def client(endpoints, ready, hold):
     client = ClusterClient(
         lambda: FrontEndSockets(*endpoints),
         watch=Watch(watchdog_s=60),
         max_outstanding=8,
         on_ready=lambda status, models: ready.release(),
+        hold=hold,
     )
     client.start()
     yield client
@@ -260,4 +270,17 @@ def test_an_idle_group_that_comes_back_takes_requests_at_once(
     group = Group(endpoints, ready, KILL)
     client.submit(request("r"))
     assert group.submitted() == ["r"]
+    group.close()
+
+
+def test_who_may_not_block_is_refused_during_a_reload(client, endpoints, ready, hold):
+    group = Group(endpoints, ready)
+    hold.is_asked.set()
+    wait_for(lambda: not hold.is_open)
+    with pytest.raises(Unavailable):
+        client.submit(request("line"), may_block=False)
+    hold.is_asked.clear()
+    client.submit(request("waits"))
+    client.submit(request("line"), may_block=False)
+    assert group.submitted() == ["waits", "line"]
     group.close()
