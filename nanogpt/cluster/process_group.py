@@ -89,9 +89,10 @@ def _connect(ranks: Ranks, node_wait_s: float) -> Group:
         log.error("going on with %d of %d ranks", len(members), ranks.world_size)
     ranks = ranks._replace(rank=members.index(ranks.rank), world_size=len(members))
     prefix = dist.PrefixStore(f"group {generation}", store)
+    connected = threading.Event()
+    _leave_with_generation(_store(ranks), generation, connected, for_ever=has_nodes)
     broadcast = _broadcast(ranks, prefix)
-    if has_nodes:
-        _leave_with_generation(_store(ranks), generation)
+    connected.set()
     return Group(ranks, broadcast, store, generation)
 
 
@@ -154,14 +155,20 @@ def join_generation(
         latest = store.add("generation", 0)
 
 
-def _leave_with_generation(store: dist.Store, generation: int) -> None:
-    """End this process when another generation has begun, or the store is gone: where a network
-    was cut for a while, no connection tells that the group is over."""
+def _leave_with_generation(
+    store: dist.Store, generation: int, connected: threading.Event, *, for_ever: bool
+) -> None:
+    """End this process when another generation has begun, or the store is gone, while it connects:
+    torch waits as long for a rank that has died as it may for a word later. Where a network is cut
+    for a while, no connection tells that the group is over: there this goes on `for_ever`."""
 
     def watch() -> None:
         try:
             while store.add("generation", 0) == generation:
-                time.sleep(WATCH_EVERY_S)
+                if connected.wait(LATER_S):
+                    if not for_ever:
+                        return
+                    time.sleep(WATCH_EVERY_S)
             log.error("another group has begun")
         except RuntimeError as error:
             log.error("the store of node 0 is gone: %s", error)
