@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -159,21 +160,24 @@ def kill(pidfd: int) -> None:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
-def terminate(pid: int, timeout_s: float) -> None:
-    """SIGTERM, then SIGKILL to its whole process group when it has not ended in time."""
-    pidfd = open_pidfd(pid)
-    if pidfd is None:
-        return
+def terminate(leader: int, timeout_s: float) -> None:
+    """SIGTERM to the leader of a process group, then SIGKILL to the whole group when not all of it
+    has ended in time. When the leader has died, the others are waited for all the same."""
+    deadline = time.monotonic() + timeout_s
+    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
+    members = [pid for pid in pids if stat(pid)[2:3] == [str(leader)]]
+    group = [pidfd for pid in members if (pidfd := open_pidfd(pid)) is not None]
     try:
-        group = os.getpgid(pid)
-        signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-        if not has_ended(pidfd, timeout_s):
-            os.killpg(group, signal.SIGKILL)
-            has_ended(pidfd, 1.0)
-    except ProcessLookupError:
-        pass  # it ended between two calls
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(leader, signal.SIGTERM)
+        if not all(has_ended(pidfd, max(0.0, deadline - time.monotonic())) for pidfd in group):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(leader, signal.SIGKILL)
+            for pidfd in group:
+                has_ended(pidfd, 1.0)
     finally:
-        os.close(pidfd)
+        for pidfd in group:
+            os.close(pidfd)
 
 
 def oom_kills() -> int:

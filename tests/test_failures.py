@@ -221,6 +221,16 @@ def test_a_drain_finishes_what_was_accepted_and_tells_the_others():
         assert not alive
 
 
+def test_a_drain_just_after_the_master_was_killed_breaks_nothing():
+    """Its worker still writes to clients. Found by the chaos command."""
+    with serving() as server:
+        victim = Victim(server, **SECONDS)
+        front_end(server)[0].kill()
+        server.process.send_signal(signal.SIGTERM)
+        victim.check()
+        assert server.process.wait(30) == 0
+
+
 def test_a_drain_has_an_end():
     """What takes longer than drain_s is told so, and the server ends all the same."""
     with serving(environ={"NANOGPT_HTTP_DRAIN_S": "0.5"}) as server:

@@ -166,6 +166,25 @@ def test_terminate_kills_what_ignores_sigterm():
     child.stdout.close()
 
 
+def test_terminate_waits_for_those_who_outlive_the_leader_of_their_group(tmp_path):
+    done = tmp_path / "done"
+    code = (
+        "import os, time\n"
+        "if os.fork():\n"
+        f"    print(1, flush=True); {SLEEP}\n"
+        f"time.sleep(1); open({str(done)!r}, 'w')"
+    )
+    leader = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True
+    )
+    leader.stdout.readline()
+    leader.kill()
+    leader.wait()
+    process.terminate(leader.pid, 30.0)
+    assert done.exists()
+    leader.stdout.close()
+
+
 def test_child_dies_with_its_parent():
     """Also when the parent is killed so that it can't clean up."""
     child = (

@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from statistics import median
 from typing import Any, NamedTuple
 
+import msgspec
+
 from nanogpt.chaos.faults import ABSENT, BREAKING, UNREAD
 from nanogpt.chaos.history import Asked, Ended, Expected, Fault, Line, Sample
 from nanogpt.chaos.merge import Disorder, merged, whole
@@ -61,8 +63,9 @@ class Books(NamedTuple):
 def violations(books: Books) -> list[str]:
     """Everything that should not have happened, one sentence each; empty when all is well."""
     found: list[str] = []
+    faults = settled(books.faults)
     for asked in books.asked:
-        problem = _problem(asked, books)
+        problem = _problem(asked, books.expected, faults)
         if problem:
             found.append(f"request {asked.number} ({asked.outcome}, {asked.status}): {problem}")
     numbers = [asked.number for asked in books.asked]
@@ -89,25 +92,26 @@ def _end(ended: list[Ended]) -> list[str]:
     return found
 
 
-def _problem(asked: Asked, books: Books) -> str:
+def _problem(asked: Asked, expected: dict[int, dict[str, Any]], faults: list[Fault]) -> str:
     """What is wrong with one request's history, or nothing."""
     if asked.outcome == "refused":
-        return _refusal(asked, books.faults)
+        return _refusal(asked, faults)
     if asked.outcome == "unreachable":
-        excused = cause(asked, books.faults)
+        excused = cause(asked, faults)
         return "" if excused else f"no answer, though somebody listened: {asked.error}"
-    if asked.outcome == "broken" and not cause(asked, books.faults):
+    if asked.outcome == "broken" and not cause(asked, faults):
         return f"the connection broke: {asked.error}"
     if asked.outcome in ("complete", "left", "broken"):
-        want = books.expected[asked.template]
+        want = expected[asked.template]
         return _difference(asked, want, partly=asked.outcome != "complete")
     last = asked.chunks[-1].data[:300] if asked.chunks else asked.error
     return f"no proper end: {last}"
 
 
 def cause(asked: Asked, faults: list[Fault]) -> str:
-    """Why it was not answered: the code of a refusal; the kind of the fault that broke its
-    connection, or left nobody to listen. Nothing when no fault can have done that."""
+    """Why it was not answered, by `settled` faults: the code of a refusal; the kind of the fault
+    that broke its connection, or left nobody to listen. Nothing when no fault can have done that.
+    """
     if asked.outcome == "refused":
         return _code(asked)
     if asked.outcome not in ("broken", "unreachable"):
@@ -129,11 +133,7 @@ def _code(asked: Asked) -> str:
 def _sent_during(asked: Asked, faults: list[Fault]) -> str:
     """The kind of the fault that left nobody to listen when it was sent, if there was one."""
     return next(
-        (
-            f.kind
-            for f in faults
-            if f.kind in ABSENT and f.at - RACE_S <= asked.sent <= _healed(f, faults)
-        ),
+        (f.kind for f in faults if f.kind in ABSENT and f.at - RACE_S <= asked.sent <= _healed(f)),
         "",
     )
 
@@ -145,23 +145,31 @@ def _broken_by(asked: Asked, faults: list[Fault]) -> str:
 
 def _meanwhile(asked: Asked, faults: list[Fault]) -> list[Fault]:
     """The faults that were at work before it ended, and not yet recovered from when it was sent."""
-    return [f for f in faults if asked.sent <= _healed(f, faults) and asked.ended >= f.at - RACE_S]
+    return [f for f in faults if asked.sent <= _healed(f) and asked.ended >= f.at - RACE_S]
 
 
 def _patience_s(asked: Asked, faults: list[Fault]) -> float:
     """The longest that this request may wait to be refused."""
     return REFUSED_S + sum(
-        max(0.0, min(asked.ended, _healed(f, faults)) - max(asked.sent, f.at))
+        max(0.0, min(asked.ended, _healed(f)) - max(asked.sent, f.at))
         for f in _meanwhile(asked, faults)
         if f.kind in UNREAD
     )
 
 
-def _healed(fault: Fault, faults: list[Fault]) -> float:
-    """When the cluster had recovered from it; from one that was not waited for, when it had from
-    a later one."""
-    times = (f.healed for f in faults if f.number >= fault.number and f.healed is not None)
-    return min(times, default=float("inf"))
+def settled(faults: Iterable[Fault]) -> list[Fault]:
+    """The same, each healed when the cluster had recovered from it: from one that was not waited
+    for, when it had from a later one."""
+    found, healed = list[Fault](), None
+    for fault in sorted(faults, key=lambda fault: -fault.number):
+        if fault.healed is not None:
+            healed = fault.healed if healed is None else min(healed, fault.healed)
+        found.append(msgspec.structs.replace(fault, healed=healed))
+    return found[::-1]
+
+
+def _healed(fault: Fault) -> float:
+    return float("inf") if fault.healed is None else fault.healed
 
 
 def _refusal(asked: Asked, faults: list[Fault]) -> str:

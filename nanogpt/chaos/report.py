@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from itertools import pairwise
 from typing import Any
 
-from nanogpt.chaos.check import Books, cause
+from nanogpt.chaos.check import Books, cause, settled
 from nanogpt.chaos.history import Asked, Fault
 
 
@@ -45,7 +45,8 @@ def figures(books: Books) -> dict[str, Any]:
     ordered = sorted(books.faults, key=lambda fault: fault.number)
     clean = {f.number for f in ordered[:1]}
     clean |= {f.number for before, f in pairwise(ordered) if before.healed is not None}
-    outcomes = Counter(_outcome(asked, books.faults) for asked in books.asked)
+    causes = settled(books.faults)
+    outcomes = Counter(_outcome(asked, causes) for asked in books.asked)
     done = [asked for asked in books.asked if asked.outcome == "complete"]
     return {
         "requests": len(books.asked),
