@@ -167,6 +167,11 @@ class FakeHandle:
         for batch in batches:
             self._batches.put(batch)
 
+    @property
+    def is_played(self) -> bool:
+        """Whether all its batches have been taken."""
+        return self._batches.empty()
+
     def events(self, timeout: float) -> list[EngineEvent]:
         if self._delay_s:
             time.sleep(self._delay_s)

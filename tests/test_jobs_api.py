@@ -381,6 +381,7 @@ def test_a_ban_ends_what_runs_in_the_background(tmp_path, monkeypatch):
         client = app.test_client()
         mine = [background(client, bearer(KEY), user=user)["id"] for user in ("mallory", "bob")]
         wait_for(lambda: len(cluster.handles) == 2)
+        wait_for(lambda: all(handle.is_played for handle in cluster.handles))
         path, admin = "/admin/users/mallory/ban", bearer(ADMIN_KEY)
         assert client.post(path, json={"reason": "spam"}, headers=admin).status_code == 200
         done = poll(client, mine[0], bearer(KEY))

@@ -208,7 +208,7 @@ def test_nothing_is_lost_or_doubled_when_redis_is_killed(tmp_path):
 
 # The stand-in for SQS takes some thirty messages a second.
 @pytest.mark.parametrize(
-    ("kind", "jobs", "faults", "pause_s"), [("redis", 100, 12, 0.005), ("sqs", 30, 8, 0.2)]
+    ("kind", "jobs", "faults", "pause_s"), [("redis", 100, 12, 0.005), ("sqs", 30, 16, 0.2)]
 )
 def test_enqueuers_workers_and_redis_may_all_be_killed(kind, jobs, faults, pause_s):
     """The short form of python -m tests.kill_jobs."""

@@ -33,9 +33,9 @@ MANY = 10**6  # programs: as if the GPU were never busy enough, so that keys are
 
 
 @pytest.fixture(autouse=True)
-def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.7's interpreter holds bfloat16 as 16-bit numbers, and would multiply these."""
-    original = interpreter.InterpreterBuilder.create_dot
+def products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.7's interpreter holds bfloat16 as 16-bit numbers, and would multiply these. And it
+    has BLAS multiply tiles, where on some CPUs a row's sum depends on its place in the tile."""
 
     def widened(handle):  # type: ignore[no-untyped-def]
         if handle.dtype.scalar != tl.bfloat16:
@@ -43,8 +43,10 @@ def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
         bits = handle.data.astype(np.uint32) << 16
         return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
 
-    def create_dot(self, a, b, *rest):  # type: ignore[no-untyped-def]
-        return original(self, widened(a), widened(b), *rest)
+    def create_dot(self, a, b, d, *rest):  # type: ignore[no-untyped-def]
+        x, y = widened(a).data, widened(b).data
+        product = np.einsum("ij,jk->ik", x, y, dtype=d.data.dtype)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
 
