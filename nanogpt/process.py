@@ -164,8 +164,7 @@ def terminate(leader: int, timeout_s: float) -> None:
     """SIGTERM to the leader of a process group, then SIGKILL to the whole group when not all of it
     has ended in time. When the leader has died, the others are waited for all the same."""
     deadline = time.monotonic() + timeout_s
-    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
-    members = [pid for pid in pids if stat(pid)[2:3] == [str(leader)]]
+    members = [pid for pid in pids() if stat(pid)[2:3] == [str(leader)]]
     group = [pidfd for pid in members if (pidfd := open_pidfd(pid)) is not None]
     try:
         with contextlib.suppress(ProcessLookupError):
@@ -185,6 +184,11 @@ def oom_kills() -> int:
     with open("/proc/vmstat") as file:
         counts = [line.split()[1] for line in file if line.startswith("oom_kill ")]
     return int(counts[0]) if counts else 0
+
+
+def pids() -> list[int]:
+    """Of all processes that are there."""
+    return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
 
 
 def stat(pid: int) -> list[str]:
@@ -221,11 +225,9 @@ def is_stopped(pid: int) -> bool:
 def pids_below(pid: int) -> list[int]:
     """All processes below `pid`, parents before their children."""
     children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit():
-            continue
-        if fields := stat(int(entry)):
-            children.setdefault(int(fields[1]), []).append(int(entry))
+    for each in pids():
+        if fields := stat(each):
+            children.setdefault(int(fields[1]), []).append(each)
     found = [pid]
     for parent in found:
         found += children.get(parent, [])

@@ -12,7 +12,6 @@ from tests.server import ROOT
 
 JOIN = """
 import os
-from datetime import timedelta
 import torch.distributed as dist
 from nanogpt.cluster import process_group
 from nanogpt.ranks import Ranks

@@ -1,16 +1,17 @@
 """Who sent one request, and what admission says about it."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from nanogpt.admission_config import ANONYMOUS
 from nanogpt.api.admission import Admission, Principal, Ticket
 from nanogpt.api.admission.subject import clean_user
-from nanogpt.api.plan import Plan, find_model
+from nanogpt.api.plan import Plan, find_model, make_plan
 from nanogpt.api.protocol import CompletionRequest, parse_completion, user_of
 from nanogpt.errors import ApiError, InvalidRequest
 from nanogpt.registry import ModelCard, ModelInfo, aliases
+from nanogpt.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
@@ -88,6 +89,18 @@ class Caller:
             self.user = user_of(body)  # whose mistake it is, and not the whole key's
             self._admission.check_bans(self._known, user=self.user, request_id=self._request_id)
             raise
+
+    def plan(
+        self,
+        request: CompletionRequest,
+        info: ModelInfo,
+        tokenizer: Tokenizer,
+        clock: Callable[[], float],
+    ) -> Plan:
+        """As `make_plan`, at the caller's share of the engines."""
+        return make_plan(
+            request, info, tokenizer, tenant=self.tenant, weight=self.weight, clock=clock
+        )
 
     def count_request(self, model: str) -> None:
         """For tokenising. Raises RateLimited."""

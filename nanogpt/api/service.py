@@ -29,7 +29,6 @@ from nanogpt.api.plan import (
     check_ids,
     encode_prompt,
     find_model,
-    make_plan,
     real_name,
 )
 from nanogpt.api.protocol import CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -163,14 +162,7 @@ class Service:
         with ExitStack() as undo:
             self.places.take()
             undo.callback(self.places.give_back)
-            plan = make_plan(
-                request,
-                info,
-                tokenizer,
-                tenant=caller.tenant,
-                weight=caller.weight,
-                clock=self._clock,
-            )
+            plan = caller.plan(request, info, tokenizer, self._clock)
             assembler = Assembler(plan, tokenizer)
             ticket = caller.admit(plan)
             undo.callback(ticket.settle, 0, 0)

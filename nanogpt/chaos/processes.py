@@ -54,11 +54,10 @@ def _role(pid: int, command: list[str]) -> str:
 def holding(variable: str) -> list[str]:
     """Live processes whose environment has this "NAME=value", as "pid command"."""
     found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and int(entry) != os.getpid():
-            pid = int(entry)
-            if variable in process.strings(pid, "environ") and _state(pid) != "Z":
-                found.append(f"{pid} {' '.join(process.strings(pid, 'cmdline'))[:80]}")
+    for pid in process.pids():
+        is_other = pid != os.getpid()
+        if is_other and variable in process.strings(pid, "environ") and _state(pid) != "Z":
+            found.append(f"{pid} {' '.join(process.strings(pid, 'cmdline'))[:80]}")
     return found
 
 

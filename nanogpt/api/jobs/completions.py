@@ -21,7 +21,7 @@ from nanogpt.api.jobs import once, outcome
 from nanogpt.api.jobs.follow import follow, news
 from nanogpt.api.jobs.objects import Deleted
 from nanogpt.api.jobs.owned import owned
-from nanogpt.api.plan import GATHER_S, Plan, make_plan, real_name
+from nanogpt.api.plan import GATHER_S, Plan, real_name
 from nanogpt.api.protocol import CompletionRequest
 from nanogpt.api.response import encode
 from nanogpt.api.service import CLIENT_GONE, Service
@@ -101,14 +101,7 @@ class Completions:
             return known
         self._check_draining()
         info = caller.find_model(models, model, self._cards)
-        plan = make_plan(
-            request,
-            info,
-            self._cluster.tokenizer(info.name),
-            tenant=caller.tenant,
-            weight=caller.weight,
-            clock=self._clock,
-        )
+        plan = caller.plan(request, info, self._cluster.tokenizer(info.name), self._clock)
         return self._put(caller, plan, name, digest)
 
     def _put(self, caller: Caller, plan: Plan, name: str, digest: bytes) -> Job:

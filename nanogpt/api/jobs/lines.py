@@ -18,7 +18,7 @@ from nanogpt.api.jobs.owned import check_still_allowed
 from nanogpt.api.jobs.unattended import unattended
 from nanogpt.api.jobs.whereabouts import Elsewhere, nowhere
 from nanogpt.api.metrics import Metrics
-from nanogpt.api.plan import Plan, make_plan, real_name
+from nanogpt.api.plan import Plan, real_name
 from nanogpt.api.protocol import CompletionRequest, parse_completion, prompt_count
 from nanogpt.api.response import Collected, encode
 from nanogpt.errors import ApiError, InvalidRequest, Unavailable
@@ -100,14 +100,7 @@ class LineRunner:
         models = self._cluster.models()
         name = real_name(models, request.model, self._cards)
         info = caller.find_model(models, name, self._cards)
-        plan = make_plan(
-            request,
-            info,
-            self._cluster.tokenizer(info.name),
-            tenant=caller.tenant,
-            weight=caller.weight,
-            clock=self._clock,
-        )
+        plan = caller.plan(request, info, self._cluster.tokenizer(info.name), self._clock)
         if not is_admitted:
             caller.admit_line(plan)
         return behind(plan, BATCH_PRIORITY, STOP_S if request.stops else GATHER_S)
