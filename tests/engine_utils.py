@@ -1,5 +1,6 @@
 """Helpers of the engine's tests: requests, tiny models, and a runner that needs no network."""
 
+import functools
 import hashlib
 import random
 from collections.abc import Iterator
@@ -160,13 +161,13 @@ class FakeRunner:
         return seq.block_table[block] * self.block_size + offset
 
     def _write(self, seq: Sequence, start: int, end: int) -> None:
+        digests = prefix_digests(seq.tokens[:end])
         for position in range(start, end):
-            self.slots[self._slot(seq, position)] = prefix_digest(seq.tokens[: position + 1])
+            self.slots[self._slot(seq, position)] = digests[position]
 
     def _check(self, seq: Sequence, end: int) -> None:
-        for position in range(end):
-            found = self.slots[self._slot(seq, position)]
-            assert found == prefix_digest(seq.tokens[: position + 1]), (seq, position)
+        for position, digest in enumerate(prefix_digests(seq.tokens[:end])):
+            assert self.slots[self._slot(seq, position)] == digest, (seq, position)
 
     def _score(self, seq: Sequence, start: int, end: int, output: StepOutput) -> None:
         last = min(end, seq.prompt_len - 1)
@@ -181,12 +182,22 @@ class FakeRunner:
         return fake_token(seq.tokens, row[seq.output_len])
 
 
-def prefix_digest(tokens: list[int]) -> bytes:
-    return hashlib.blake2b(repr(tokens).encode(), digest_size=8).digest()
+@functools.lru_cache(2**18)
+def _longer(digest: bytes, token: int) -> bytes:
+    return hashlib.blake2b(digest + token.to_bytes(4, "little"), digest_size=8).digest()
+
+
+def prefix_digests(tokens: list[int]) -> list[bytes]:
+    """For each token a digest of all up to it: what depends on the whole prefix, and on its order."""
+    digests, digest = [], b""
+    for token in tokens:
+        digest = _longer(digest, token)
+        digests.append(digest)
+    return digests
 
 
 def fake_token(tokens: list[int], uniform: float) -> int:
-    return (prefix_digest(tokens)[0] + int(uniform * 2**20)) % VOCAB_SIZE
+    return (prefix_digests(tokens)[-1][0] + int(uniform * 2**20)) % VOCAB_SIZE
 
 
 def fake_output(req: GenerateRequest, index: int, context_length: int = 64) -> list[int]:

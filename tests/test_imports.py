@@ -1,6 +1,7 @@
 """The import rules: downwards only, and no torch in the front end."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -91,13 +92,15 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
 BASE_MAY = {"tiktoken"}  # and the standard library, and msgspec
 
 
-def modules() -> list[str]:
+@functools.cache
+def modules() -> tuple[str, ...]:
     paths = [*(ROOT / "nanogpt").rglob("*.py"), ROOT / "frontend.py", ROOT / "rank_worker.py"]
     names = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in paths]
-    return sorted({name.removesuffix(".__init__") for name in names} - {"nanogpt"})
+    return tuple(sorted({name.removesuffix(".__init__") for name in names} - {"nanogpt"}))
 
 
-def imports(module: str) -> set[str]:
+@functools.cache
+def imports(module: str) -> frozenset[str]:
     """Dotted names that a module imports, whether at its top or in a function."""
     path = ROOT / Path(*module.split("."))
     source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
@@ -108,7 +111,7 @@ def imports(module: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             known = {f"{node.module}.{a.name}" for a in node.names} & set(modules())
             found |= known or {node.module}
-    return found
+    return frozenset(found)
 
 
 def rule_of(module: str) -> tuple[set[str], set[str]] | None:

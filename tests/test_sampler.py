@@ -109,28 +109,34 @@ def shares_in(logits: Tensor, size: int, scale: float = 1.0) -> Tensor:
     return torch.ops.nanogpt_cpu.exp_nonpositive(padded).add_(magic).sub_(magic)
 
 
-def reference(
-    shares: Tensor, size: int, u: float, top_k: int = 0, top_p: float = 1, min_p: float = 0
-) -> int:
+class Reference:
     """The definition in integers, one token after the other. Shares are multiples of the grid."""
-    weights = [round(share / grid(size)) for share in shares.tolist()]
-    assert [weight * grid(size) for weight in weights] == shares.tolist()
-    least = float(np.float32(min_p)) / grid(size)
-    ranked = sorted(range(len(weights)), key=lambda i: (-weights[i], i))
-    ranked = [i for i in ranked if weights[i] >= least]
-    ranked = ranked[: top_k or None]
-    nucleus = top_p * float(sum(weights[i] for i in ranked))  # exact but for this product
-    count, mass = 0, 0
-    while not count or (top_p < 1 and mass < nucleus):
-        mass += weights[ranked[count]]
-        count += 1
-    kept = ranked if top_p == 1 else ranked[:count]
-    target, end = u * float(sum(weights[i] for i in kept)), 0
-    for i in sorted(kept):
-        end += weights[i]
-        if end > target:
-            return i
-    return max(i for i in kept if weights[i])  # the product was rounded up to the total
+
+    def __init__(
+        self, shares: Tensor, size: int, top_k: int = 0, top_p: float = 1, min_p: float = 0
+    ) -> None:
+        weights = [round(share / grid(size)) for share in shares.tolist()]
+        assert [weight * grid(size) for weight in weights] == shares.tolist()
+        least = float(np.float32(min_p)) / grid(size)
+        ranked = sorted(range(len(weights)), key=lambda i: (-weights[i], i))
+        ranked = [i for i in ranked if weights[i] >= least]
+        ranked = ranked[: top_k or None]
+        nucleus = top_p * float(sum(weights[i] for i in ranked))  # exact but for this product
+        count, mass = 0, 0
+        while not count or (top_p < 1 and mass < nucleus):
+            mass += weights[ranked[count]]
+            count += 1
+        kept = sorted(ranked if top_p == 1 else ranked[:count])
+        self._kept = [(i, weights[i]) for i in kept]
+        self._total = sum(weights[i] for i in kept)
+
+    def draw(self, u: float) -> int:
+        target, end = u * float(self._total), 0
+        for i, weight in self._kept:
+            end += weight
+            if end > target:
+                return i
+        return max(i for i, weight in self._kept if weight)  # the product was rounded up to the total
 
 
 FILTERS: list[dict[str, Any]] = [
@@ -164,8 +170,8 @@ def test_sampling_equals_its_definition_in_integers(
     shares = shares_in(logits, size, scale=float(np.float32(1 / 0.7)))[0]
     seqs = [sequence(seed=5, choice=j, temperature=0.7, **filters) for j in range(count)]
     ids, _ = sampler(size).sample(logits.expand(count, -1).clone(), seqs)
-    want = [reference(shares, size, uniforms(5, 0, j, 1)[0], **filters) for j in range(count)]
-    assert ids == want
+    reference = Reference(shares, size, **filters)
+    assert ids == [reference.draw(uniforms(5, 0, j, 1)[0]) for j in range(count)]
 
 
 @pytest.mark.usefixtures("both")
@@ -179,9 +185,8 @@ def test_filters_of_a_large_vocabulary(scale: float, filters: dict[str, Any]) ->
     shares = shares_in(logits, size)[0]
     seqs = [sequence(seed=5, choice=j, **filters) for j in range(count)]
     ids, _ = sampler(size).sample(logits.expand(count, -1).clone(), seqs)
-    assert ids == [
-        reference(shares, size, uniforms(5, 0, j, 1)[0], **filters) for j in range(count)
-    ]
+    reference = Reference(shares, size, **filters)
+    assert ids == [reference.draw(uniforms(5, 0, j, 1)[0]) for j in range(count)]
 
 
 @needs_kernels
