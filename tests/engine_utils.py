@@ -188,7 +188,7 @@ def _longer(digest: bytes, token: int) -> bytes:
 
 
 def prefix_digests(tokens: list[int]) -> list[bytes]:
-    """For each token a digest of all up to it: what depends on the whole prefix, and on its order."""
+    """For each token a digest of all up to it, so of the whole prefix in its order."""
     digests, digest = [], b""
     for token in tokens:
         digest = _longer(digest, token)

@@ -204,7 +204,7 @@ def looks(watch: Watch, until: float, *beats: int) -> list[int]:
     found = []
     for second in range(1, int(until) + 1):
         for rank in beats:
-            watch.beat(rank, float(second))
+            watch.beat(rank, 0, float(second))
         found += watch.check(float(second))
     return found
 
@@ -222,6 +222,7 @@ def test_watch_kills_a_silent_rank_once():
 def test_watch_ends_the_group_for_a_rank_on_another_node():
     killed = Killed()
     watch = killed.watch()
+    watch.begin(100)
     watch.join(0, 0, 100, now=0.0)
     watch.join(1, 1, 101, now=0.0)
     assert looks(watch, 5.0, 0) == [1]
@@ -253,6 +254,50 @@ def test_watch_does_not_count_the_time_in_which_it_was_stopped_itself():
     assert watch.check(now=33.2) == [0]
 
 
+def test_watch_takes_no_notice_of_the_silence_of_who_has_not_joined():
+    """It may have died before it told that it was ready. The front end died of its beats."""
+    killed = Killed()
+    watch = killed.watch()
+    watch.begin(100)
+    watch.join(0, 0, 100, now=0.0)
+    watch.beat(1, 0, now=0.5)
+    assert looks(watch, 9.0, 0) == []
+
+
+@pytest.mark.parametrize("has_joined", [True, False])
+def test_watch_ends_the_group_when_messages_are_lost(has_joined):
+    """Also the word that a rank is ready: nothing would ever run."""
+    killed = Killed()
+    watch = killed.watch()
+    watch.begin(100)
+    if has_joined:
+        watch.join(0, 0, 100, now=0.0)
+        watch.receive(0)
+    watch.beat(0, 1 + has_joined, now=0.0)
+    found = [rank for second in range(1, 20) for rank in beat_and_check(watch, 2, float(second))]
+    assert found == [0]
+    assert killed == [100]
+
+
+def beat_and_check(watch: Watch, sent: int, now: float) -> list[int]:
+    watch.beat(0, sent, now)
+    return watch.check(now)
+
+
+def test_watch_waits_for_messages_that_a_beat_has_overtaken():
+    """Each comes nine seconds late; those of the time in which it was stopped itself, later."""
+    killed = Killed()
+    watch = killed.watch()
+    watch.begin(100)
+    watch.join(0, 0, 100, now=0.0)
+    for second in range(1, 60):
+        assert beat_and_check(watch, second, float(second)) == []
+        if second > 9:
+            watch.receive(0)
+    assert beat_and_check(watch, 60, 90.0) == []
+    assert beat_and_check(watch, 60, 91.0) == []
+
+
 # The client, over real sockets, with ranks that the test plays
 
 
@@ -269,7 +314,7 @@ class Workers:
 
     def join(self, before: int = 0, pid: int = 1) -> None:
         """Come up in the places of ranks that ended so."""
-        self.control.send(Hello(PROTOCOL_VERSION, self.world_size, self.models, 1))
+        self.control.send(Hello(PROTOCOL_VERSION, self.world_size, self.models, pid))
         welcome = self.receive(Welcome)
         self.epoch = welcome.epoch
         for rank in range(self.world_size):

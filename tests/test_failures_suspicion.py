@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nanogpt.cluster import client as cluster_client
 from nanogpt.cluster.client import ClusterClient
 from nanogpt.cluster.hold import Hold
-from nanogpt.cluster.messages import Submit
+from nanogpt.cluster.messages import Cancel, Submit
 from nanogpt.cluster.respawn import OUT_OF_MEMORY, STUCK
 from nanogpt.cluster.suspicion import PEER_LOST, Suspicion, is_fault, is_suspect
 from nanogpt.cluster.transport import FrontEndSockets
@@ -259,6 +259,39 @@ def test_a_group_that_does_not_come_back_refuses_what_is_new(client, endpoints, 
     group.token("r")
     assert accepted.events(5)
     client.submit(request("late"))
+    group.close()
+
+
+def test_a_group_whose_last_client_leaves_takes_requests(client, endpoints, ready, monkeypatch):
+    """No token could ever come again, and everybody was refused for ever."""
+    monkeypatch.setattr(cluster_client, "RESTART_PATIENCE_S", 0.0)
+    group = Group(endpoints, ready)
+    accepted = client.submit(request("r"))
+    assert group.submitted() == ["r"]
+    group.die(client)
+    group = Group(endpoints, ready, KILL)
+    assert group.submitted() == ["r"]
+    accepted.cancel()
+    group.receive(Cancel)
+    wait_for(lambda: client._down_since is None)
+    client.submit(request("next"))
+    assert group.submitted() == ["next"]
+    group.close()
+
+
+def test_a_group_that_stays_takes_requests_though_no_token_has_come(
+    client, endpoints, ready, monkeypatch
+):
+    monkeypatch.setattr(cluster_client, "RESTART_PATIENCE_S", 0.0)
+    monkeypatch.setattr(cluster_client, "STEADY_S", 0.2)
+    group = Group(endpoints, ready)
+    client.submit(request("r"))
+    group.submitted()
+    group.die(client)
+    group = Group(endpoints, ready, KILL)
+    wait_for(lambda: client._down_since is None)
+    client.submit(request("next"))
+    assert group.submitted() == ["r", "next"]
     group.close()
 
 

@@ -136,7 +136,7 @@ class Reference:
             end += weight
             if end > target:
                 return i
-        return max(i for i, weight in self._kept if weight)  # the product was rounded up to the total
+        return max(i for i, weight in self._kept if weight)  # the product was rounded up
 
 
 FILTERS: list[dict[str, Any]] = [

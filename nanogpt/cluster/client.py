@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 # come back soon, and then they are better off elsewhere.
 RESTART_PATIENCE_S = 30.0
 COME_BACK_S = 10  # Retry-After, then
+STEADY_S = 30.0  # a group that is there for so long is back, also when no token was needed of it
 
 POLL_MS = 500
 BUSY_POLL_MS = 20  # while the time decides about models
@@ -71,6 +72,7 @@ class _Group:
         self.joined: set[int] = set()
         self.ends: list[int] = []  # of the processes whose places its ranks took
         self.ready = False
+        self.ready_at = 0.0  # time.monotonic()
         self.dead = False
         self.sent: set[str] = set()  # ids of unfinished requests that it has
         self.trial: RequestHandle | None = None  # a suspect that runs alone
@@ -111,7 +113,8 @@ class ClusterClient:
         self._handles: dict[str, RequestHandle] = {}
         self._group: _Group | None = None
         self._suspicion = Suspicion()
-        self._down_since: float | None = None  # a group died, and no token has come since
+        # A group died, and no token has come since, though somebody waits for one.
+        self._down_since: float | None = None
         self._last_epoch = 0
         self._models: dict[str, ModelInfo] = {}
         self._tokenizers: dict[str, Tokenizer] = {}
@@ -313,7 +316,7 @@ class ClusterClient:
         self._changes.greet(hello.world_size)
         self._stats.clear()
         self._group = _Group(self._last_epoch, identity, hello)
-        self._watch.begin()
+        self._watch.begin(hello.pid)
         log.info("epoch %d: %d ranks, pid %d", self._last_epoch, hello.world_size, hello.pid)
         self._sockets.send(identity, self._sockets.welcome(self._last_epoch))
 
@@ -343,11 +346,13 @@ class ClusterClient:
         group = self._group
         if group is None or message.epoch != group.epoch:
             return  # of an incarnation that is over
+        if isinstance(message, Beat):
+            self._watch.beat(message.rank, message.sent, time.monotonic())
+            self._stats[message.rank] = message.stats
+            return
+        self._watch.receive(message.rank)
         if isinstance(message, EventBatch):
             self._deliver(message)
-        elif isinstance(message, Beat):
-            self._watch.beat(message.rank, time.monotonic())
-            self._stats[message.rank] = message.stats
         elif isinstance(message, RankReady):
             self._join(group, message)
         else:
@@ -367,15 +372,19 @@ class ClusterClient:
             return
         self._intake.begin(group.hello.world_size)
         self._changes.begin(time.monotonic())
-        group.ready = True
+        group.ready, group.ready_at = True, time.monotonic()
         self._judge(group)
         if self._handles:
             log.info("epoch %d goes on with %d requests", group.epoch, len(self._handles))
-        else:
-            self._down_since = None
+        self._settle(group, group.ready_at)
         self._choose_trial(group)
         if self._on_ready:
             self._on_ready(self.status(), self.models())
+
+    def _settle(self, group: _Group, now: float) -> None:
+        """Forget that a group died, when nobody waits for a token of this one, or it stays."""
+        if not self._handles or now - group.ready_at > STEADY_S:
+            self._down_since = None
 
     def _judge(self, group: _Group) -> None:
         guilty = self._suspicion.judge(group.ends)
@@ -410,6 +419,7 @@ class ClusterClient:
         group = self._group
         if group is None or not group.ready:
             return
+        self._settle(group, now)
         if group.trial and (group.trial.done or not is_suspect(group.trial)):
             self._choose_trial(group)
         only = group.trial.request_id if group.trial else None

@@ -18,9 +18,11 @@ class Heart:
         is_local: bool,
         interval_s: float,
         stats: Callable[[], tuple[EngineStats, ...]],
+        sent: Callable[[], int],
     ) -> None:
+        """`stats` and `sent` are what a beat tells: see messages.py."""
         self._welcome, self._rank, self._is_local = welcome, rank, is_local
-        self._interval_s, self._stats = interval_s, stats
+        self._interval_s, self._stats, self._sent = interval_s, stats, sent
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heart", daemon=True)
         self._thread.start()
@@ -32,6 +34,6 @@ class Heart:
     def _run(self) -> None:
         link = EventLink(self._welcome, self._is_local)
         while not self._stop.is_set():
-            link.send(Beat(self._welcome.epoch, self._rank, self._stats()))
+            link.send(Beat(self._welcome.epoch, self._rank, self._stats(), self._sent()))
             self._stop.wait(self._interval_s)
         link.close()

@@ -190,11 +190,13 @@ class EventBatch(Message, frozen=True):
 
 class Beat(Message, frozen=True):
     """Sent each second by a thread of its own: the process is alive. Whether its loop turns is for
-    its parent to see (respawn.py)."""
+    its parent to see (respawn.py). `sent`: how many other messages the rank has sent in this epoch,
+    so that one that is lost on its way is missed."""
 
     epoch: int
     rank: int
     stats: tuple[EngineStats, ...] = ()
+    sent: int = 0
 
 
 ModelAnswer = ModelLoaded | ModelFailed | ModelUnloaded

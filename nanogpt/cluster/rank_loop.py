@@ -151,9 +151,14 @@ class RankLoop:
             self._link.close()
         is_local = self._ranks.node == 0
         self._epoch = welcome.epoch
-        self._link = EventLink(welcome, is_local)
+        self._link = link = EventLink(welcome, is_local)
         self._heart = Heart(
-            welcome, self._ranks.rank, is_local, self._heartbeat_s, lambda: self._stats
+            welcome,
+            self._ranks.rank,
+            is_local,
+            self._heartbeat_s,
+            lambda: self._stats,
+            lambda: link.sent,
         )
         self._publish_stats()
         ranks, models = self._ranks, tuple(self._engines)

@@ -69,6 +69,7 @@ class _Outbox:
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         self._socket = socket
         self._waiting: deque[list[bytes]] = deque()
+        self.sent = 0  # messages that the socket has taken
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -88,6 +89,7 @@ class _Outbox:
                 if error.errno != zmq.EHOSTUNREACH:
                     raise
             self._waiting.popleft()
+            self.sent += 1
 
 
 class FrontEndSockets:
@@ -222,6 +224,11 @@ class EventLink:
     def backlog(self) -> int:
         """Messages that the socket would not take yet."""
         return len(self._outbox)
+
+    @property
+    def sent(self) -> int:
+        """Messages that the socket has taken. Any thread may ask."""
+        return self._outbox.sent
 
     def send(self, message: FromRank) -> None:
         self._outbox.put(encode(message))
