@@ -526,11 +526,12 @@ def _local(config: ServeConfig, run_dir: RunDir, host: str) -> ClusterClient:
     def ready(status: ClusterStatus, models: dict[str, ModelInfo]) -> None:
         names = ", ".join(sorted(models))
         where = "worker" if config.role == "worker" else f"http://{host}:{config.port}"
+        run_dir.set_started()
         print(f"ready: {where}  models: {names}  ranks: {status.ranks}", flush=True)
 
     def orphaned() -> None:
         log.error("the launcher is gone: leaving too")
-        os.kill(os.getppid(), signal.SIGQUIT)  # the master: at once, since nobody generates
+        os.killpg(0, signal.SIGKILL)  # the master as well, also when it is stopped
 
     owner_pid = int(os.environ[OWNER_VARIABLE])
     return connect(config, run_dir, owner_pid=owner_pid, on_ready=ready, on_orphaned=orphaned)
@@ -551,6 +552,8 @@ def main(argv: list[str]) -> int:
             return 2
         log.info("another front end is alive: leaving it to that one")
         return 0
+    if os.getpgrp() != os.getpid():
+        os.setpgid(0, 0)  # whoever ends this server ends its process group
     host = f"[{config.host}]" if ":" in config.host else config.host
 
     def make_app() -> flask.Flask:

@@ -80,10 +80,11 @@ def serve(config: ServeConfig, ranks: Ranks, run_dir: RunDir, life: respawn.Life
 
 
 def refuse(error: StartupError, run_dir: RunDir | None) -> int:
-    """Say why starting is of no use, and have nobody try again."""
+    """Say why starting is of no use, and have nobody try again unless it has been of use before."""
+    if run_dir is not None and not run_dir.set_fatal(str(error)):
+        log.error("can't start at present: %s", error)
+        return 1
     print(f"error: {error}", file=sys.stderr, flush=True)
-    if run_dir is not None:
-        run_dir.set_fatal(str(error))
     return respawn.NO_USE
 
 
@@ -101,7 +102,9 @@ class Parent:
 
     def __init__(self, config: ServeConfig, argv: list[str], ranks: Ranks, run_dir: RunDir) -> None:
         self._config, self._ranks, self._run_dir = config, ranks, run_dir
+        self._torchrun = process.open_pidfd(os.getppid())
         owner = int(os.environ.get(OWNER_VARIABLE, os.getppid()))
+        self._owner = process.open_pidfd(owner)
         self._keeper = FrontEndKeeper(run_dir, argv, owner) if ranks.rank == 0 else None
         self._life = respawn.Life()
         self._patience = respawn.Patience(config.cluster.stuck_s, config.cluster.watchdog_s)
@@ -118,6 +121,11 @@ class Parent:
 
     def tick(self) -> bool:
         """Whether it is time to go."""
+        if self._owner is None or process.has_ended(self._owner):
+            log.error("the launcher is gone: leaving too")
+            if self._torchrun is not None:
+                process.kill(self._torchrun)  # it may be stopped, and would stay
+            return True
         if self._departure.is_asked:
             return self._departure.is_due()
         if self._keeper:

@@ -13,7 +13,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 from nanogpt import log as logging_setup
 from nanogpt import options, preflight, process
@@ -32,6 +34,8 @@ MAX_PAUSE_S = 30.0
 LONG_LIFE_S = 10.0  # a torchrun that lived so long is started again at once
 LOOK_EVERY_S = 1.0  # for processes that are stopped
 LAUNCHER_LOCK = "launcher"
+
+T = TypeVar("T")
 
 
 class Torchrun:
@@ -94,13 +98,33 @@ class Launcher:
     """The life of one node."""
 
     def __init__(
-        self, config: ServeConfig, run_dir: RunDir, argv: Sequence[str], ranks: int
+        self, config: ServeConfig, run_dir: RunDir, given: Sequence[str], ranks: int
     ) -> None:
-        self._config, self._run_dir, self._argv = config, run_dir, argv
-        self._torchrun = Torchrun(config, ranks, argv)
+        """`given`: the operator's options, from which `config` came. Raises StartupError."""
+        self._given, self._run_dir = given, run_dir
+        self._configs = 0  # how many there have been
+        self._config = config
+        self._torchrun = self._plan(config, ranks)
+        # What a reload has replaced, until its successor has been ready.
+        self._before: tuple[ServeConfig, Torchrun] | None = None
+        self._started = 0.0  # when torchrun was; time.monotonic()
+        self._start_at: float | None = None  # when it will be again
+        self._pause_s = 0.0
         self._stop_asked = self._reload_asked = False
         self._stopped: dict[int, float] = {}  # processes, and since when
         self._look_at = 0.0
+
+    def _plan(self, config: ServeConfig, ranks: int) -> Torchrun:
+        """One for this configuration, whatever becomes of the file."""
+        self._configs += 1
+        file = options.config_file(self._given)
+        if file is None:
+            return Torchrun(config, ranks, self._given)
+        try:
+            kept = self._run_dir.keep_config(Path(file), config.node_rank, self._configs)
+        except OSError as error:
+            raise StartupError(f"can't keep a copy of {file}: {error.strerror}") from error
+        return Torchrun(config, ranks, [*self._given, "--config", str(kept)])
 
     def run(self) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -108,27 +132,41 @@ class Launcher:
         # In a terminal it means that the terminal has gone.
         signal.signal(signal.SIGHUP, self._ask_stop if os.isatty(0) else self._ask_reload)
         process.adopt_orphans()
-        self._torchrun.start()
-        pause, started = 0.0, time.monotonic()
+        self._start()
         try:
             while not self._stop_asked:
-                if self._run_dir.fatal() is not None:
+                if self._run_dir.fatal() is not None and not self._go_back():
                     return 2  # the process that found it has said so on stderr
-                if self._torchrun.poll() is not None:
-                    lived_s = time.monotonic() - started
-                    pause = 0.0 if lived_s > LONG_LIFE_S else min(2 * pause + 1, MAX_PAUSE_S)
-                    log.error("torchrun ended: starting it again in %.0f s", pause)
-                    self._sleep(pause)
-                    self._torchrun.start()
-                    started = time.monotonic()
-                if self._reload_asked and self._reload():
-                    started = time.monotonic()
-                process.reap(except_pid=self._torchrun.pid)
-                self._kill_stopped(time.monotonic())
+                if self._reload_asked:
+                    self._reload()
+                self._tend()
                 time.sleep(POLL_S)
             return 0
         finally:
             self._end()
+
+    def _start(self) -> None:
+        self._start_at, self._started = None, time.monotonic()
+        self._torchrun.start()
+
+    def _tend(self) -> None:
+        """What must go on, whatever else this process waits for."""
+        now = time.monotonic()
+        if self._torchrun.poll() is not None and self._start_at is None:
+            lived_s = now - self._started
+            self._pause_s = (
+                0.0 if lived_s > LONG_LIFE_S else min(2 * self._pause_s + 1, MAX_PAUSE_S)
+            )
+            self._start_at = now + self._pause_s
+            log.error("torchrun ended: starting it again in %.0f s", self._pause_s)
+        if self._start_at is not None and now >= self._start_at:
+            try:
+                self._start()
+            except OSError as error:  # too many processes, or no memory: that may pass
+                log.error("can't start torchrun: %s", error.strerror)
+                self._start_at = now + MAX_PAUSE_S
+        process.reap()
+        self._kill_stopped(now)
 
     def _kill_stopped(self, now: float) -> None:
         """Kill torchrun, and processes below it, that don't run: they would restart nobody. The
@@ -152,34 +190,53 @@ class Launcher:
     def _ask_reload(self, number: int, frame: FrameType | None) -> None:
         self._reload_asked = True
 
-    def _reload(self) -> bool:
+    def _reload(self) -> None:
         """Start the ranks anew with the configuration as it is now, once the front end has nothing
         that runs: see nanogpt/cluster/hold.py. One that could not start changes nothing."""
         self._reload_asked = False
         try:
-            config, ranks = preflight.plan_reload(self._argv, self._config)
+            config, ranks = preflight.plan_reload(self._given, self._config, self._wait_for)
+            torchrun = self._plan(config, ranks)
         except StartupError as error:
             log.error("not reloaded: %s", error)
-            return False
+            return
         log.info("reloading: what runs finishes first, what is new waits")
         self._run_dir.ask_reload()
         patience_s = self._config.http.drain_s + DRAIN_MARGIN_S
-        self._sleep(patience_s, unless=self._run_dir.is_held)
+        self._wait_for(patience_s, lambda: self._run_dir.is_held() or None)
         if self._stop_asked:
-            return False
+            return
+        before = (self._config, self._torchrun)
+        self._replace(config, torchrun)
+        self._before = before
+
+    def _replace(self, config: ServeConfig, torchrun: Torchrun) -> None:
         self._torchrun.stop()
-        self._config, self._torchrun = config, Torchrun(config, ranks, self._argv)
-        self._torchrun.start()
+        self._run_dir.begin_again()
+        self._config, self._torchrun, self._before = config, torchrun, None
+        self._start()
         self._run_dir.end_reload()
+
+    def _go_back(self) -> bool:
+        """What a reload brought can't start, though the check had found nothing. Returns whether
+        there is something to go back to."""
+        if self._before is None or self._run_dir.is_started():
+            return False
+        log.error("the new configuration can't start: going back to the one before")
+        self._replace(*self._before)
         return True
 
     def _ask_stop(self, number: int, frame: FrameType | None) -> None:
         self._stop_asked = True
 
-    def _sleep(self, seconds: float, unless: Callable[[], bool] = lambda: False) -> None:
+    def _wait_for(self, seconds: float, function: Callable[[], T | None]) -> T | None:
+        """What the function gives, once that is not None; None after this time, or when the server
+        is to end."""
         end = time.monotonic() + seconds
-        while not self._stop_asked and not unless() and time.monotonic() < end:
+        while (found := function()) is None and not self._stop_asked and time.monotonic() < end:
+            self._tend()
             time.sleep(POLL_S)
+        return found
 
     def _end(self) -> None:
         """First the front end, so that accepted requests finish; then the ranks."""
@@ -187,9 +244,10 @@ class Launcher:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         pid = self._run_dir.holder(LOCK)
-        if pid is not None:
-            drain_s = self._config.http.drain_s if self._stop_asked else 0.0
-            process.terminate(pid, drain_s + DRAIN_MARGIN_S)
+        if pid is not None and self._stop_asked:
+            process.terminate(pid, self._config.http.drain_s + DRAIN_MARGIN_S, self._tend)
+        elif pid is not None:
+            process.terminate(pid, DRAIN_MARGIN_S)
         self._torchrun.stop()
         for pidfd in process.descendants(os.getpid()):
             process.kill(pidfd)

@@ -80,6 +80,12 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def config_file(argv: Sequence[str]) -> str | None:
+    """The file that the options name. Raises ConfigError."""
+    file: str | None = vars(parser().parse_args(argv)).get("config")
+    return file
+
+
 def parse(argv: Sequence[str], environ: dict[str, str] | None = None) -> ServeConfig:
     """Options, variables and file as one configuration. Raises ConfigError."""
     given: dict[str, Any] = vars(parser().parse_args(argv))

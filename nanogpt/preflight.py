@@ -5,7 +5,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 
 from nanogpt import network, options, process, registry, servable
 from nanogpt.config import PROJECT, ServeConfig
@@ -13,6 +14,7 @@ from nanogpt.errors import StartupError
 from nanogpt.network import split_endpoint
 
 GIB = 2**30
+CHECK_S = 600.0  # for loading all models once before a reload
 FIXED = ("host", "port", "role", "nnodes", "node_rank", "rdzv_endpoint")  # while the server runs
 
 
@@ -109,9 +111,14 @@ def plan(config: ServeConfig) -> int:
     return ranks
 
 
-def plan_reload(argv: Sequence[str], running: ServeConfig) -> tuple[ServeConfig, int]:
+def plan_reload(
+    argv: Sequence[str],
+    running: ServeConfig,
+    wait_for: Callable[[float, Callable[[], int | None]], int | None],
+) -> tuple[ServeConfig, int]:
     """The configuration as it is now, and its number of ranks. Its models are loaded once, in a
     process of their own. Raises StartupError when it could not take the place of `running`.
+    `wait_for` a number of seconds at most gives what a function gives that is no longer None.
     """
     config = options.parse(argv)
     if config.nnodes > 1:
@@ -120,10 +127,17 @@ def plan_reload(argv: Sequence[str], running: ServeConfig) -> tuple[ServeConfig,
         if getattr(config, name) != getattr(running, name):
             raise StartupError(f"{name} can't change while the server runs")
     ranks = plan(config)
-    check = [sys.executable, "-m", "nanogpt.engine.check", *argv]
-    done = subprocess.run(check, cwd=PROJECT, capture_output=True, text=True)
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines()
-        silent = f"the check of its models ended with code {done.returncode}, without a word"
+    command = [sys.executable, "-m", "nanogpt.engine.check", *argv]
+    with tempfile.TemporaryFile() as output:
+        check = process.start_below(command, os.environ, cwd=PROJECT, output=output)
+        code = wait_for(CHECK_S, check.poll)
+        if code is None:
+            check.kill()
+            check.wait()
+            raise StartupError(f"the check of its models was ended; it has {CHECK_S:.0f} s")
+        output.seek(0)
+        said = output.read().decode(errors="replace").strip().splitlines()
+    if code != 0:
+        silent = f"the check of its models ended with code {code}, without a word"
         raise StartupError(said[-1].removeprefix("error: ") if said else silent)
     return config, ranks

@@ -7,11 +7,14 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+POLL_S = 0.05
+_below: weakref.WeakSet[subprocess.Popen[bytes]] = weakref.WeakSet()  # of `start_below`
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
@@ -41,7 +44,7 @@ def start_below(
     that a terminal's Ctrl-C is for this process to pass on. A string is a shell's command. `output`
     takes what it prints; without it, that goes where ours goes."""
     parent = os.getpid()
-    return subprocess.Popen(
+    child = subprocess.Popen(
         command,
         shell=isinstance(command, str),
         cwd=cwd,
@@ -52,6 +55,8 @@ def start_below(
         start_new_session=True,
         preexec_fn=lambda: die_with_parent(parent, signal.SIGTERM),
     )
+    _below.add(child)
+    return child
 
 
 def adopt_orphans() -> None:
@@ -60,14 +65,16 @@ def adopt_orphans() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
-def reap(except_pid: int) -> None:
-    """Collect children that have ended, but for the one that somebody else waits for."""
+def reap() -> None:
+    """Collect children that have ended, but for those of `start_below`: who has started them waits
+    for them."""
     while True:
         try:
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
             return
-        if ended is None or ended.si_pid == except_pid:
+        ours = {child.pid for child in _below if child.returncode is None}
+        if ended is None or ended.si_pid in ours:
             return
         os.waitpid(ended.si_pid, 0)
 
@@ -160,16 +167,22 @@ def kill(pidfd: int) -> None:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
-def terminate(leader: int, timeout_s: float) -> None:
+def terminate(leader: int, timeout_s: float, meanwhile: Callable[[], None] = lambda: None) -> None:
     """SIGTERM to the leader of a process group, then SIGKILL to the whole group when not all of it
-    has ended in time. When the leader has died, the others are waited for all the same."""
+    has ended in time. When the leader has died, the others are waited for all the same; who is
+    stopped goes on. `meanwhile` is called many times a second."""
     deadline = time.monotonic() + timeout_s
     members = [pid for pid in pids() if stat(pid)[2:3] == [str(leader)]]
     group = [pidfd for pid in members if (pidfd := open_pidfd(pid)) is not None]
     try:
         with contextlib.suppress(ProcessLookupError):
             os.kill(leader, signal.SIGTERM)
-        if not all(has_ended(pidfd, max(0.0, deadline - time.monotonic())) for pidfd in group):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(leader, signal.SIGCONT)  # after it: else it would take new work first
+        while not (ended := all(map(has_ended, group))) and time.monotonic() < deadline:
+            meanwhile()
+            time.sleep(POLL_S)
+        if not ended:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(leader, signal.SIGKILL)
             for pidfd in group:

@@ -26,6 +26,7 @@ class RunDir:
         self.path = path
         self.descriptions = path / "descriptions"  # see nanogpt/engine/descriptions.py
         self._fatal, self._stopping = path / "fatal", path / "stopping"
+        self._started = path / "started"
         self._reload, self._held = path / "reload", path / "held"
         self._models = {"resident": path / "resident", "pinned": path / "pinned"}
         self._locks: list[int] = []
@@ -68,16 +69,40 @@ class RunDir:
         """Endpoint to which the ranks of this node send their events."""
         return f"ipc://{self.path}/events.sock"
 
-    # A fatal line: what makes another start pointless, such as weights that can't be read.
+    # A fatal line: what makes another start pointless, such as weights that can't be read. Once all
+    # ranks have been ready, nothing is: what was there may come back, and there are open requests.
 
-    def set_fatal(self, message: str) -> None:
+    def set_fatal(self, message: str) -> bool:
+        """Returns whether it is fatal."""
+        if self._started.exists():
+            return False
         self._fatal.write_text(message)
+        return True
 
     def fatal(self) -> str | None:
         try:
             return self._fatal.read_text()
         except FileNotFoundError:
             return None
+
+    def set_started(self) -> None:
+        self._started.touch()
+
+    def is_started(self) -> bool:
+        return self._started.exists()
+
+    def begin_again(self) -> None:
+        """The ranks start with another configuration: neither has happened."""
+        self._started.unlink(missing_ok=True)
+        self._fatal.unlink(missing_ok=True)
+
+    def keep_config(self, file: Path, node: int, number: int) -> Path:
+        """A copy of a node's configuration, the `number`-th, for all who start later: an edit
+        counts from a reload on. Those but the latest two are removed."""
+        copy, old = (self.path / f"config-{node}-{n}.toml" for n in (number, number - 2))
+        copy.write_bytes(file.read_bytes())
+        old.unlink(missing_ok=True)
+        return copy
 
     # The stopping mark: an operator asked for the end, so nobody restarts anything.
 
@@ -122,7 +147,7 @@ class RunDir:
 
     def clear_marks(self) -> None:
         """Forget what an earlier run left."""
-        marks = (self._fatal, self._stopping, self._reload, self._held)
+        marks = (self._fatal, self._started, self._stopping, self._reload, self._held)
         for path in (*marks, *self._models.values()):
             path.unlink(missing_ok=True)
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import flask
 
@@ -23,14 +24,17 @@ def jobs_app(
     config: JobsConfig | None = None,
     **more: Any,
 ) -> Iterator[flask.Flask]:
-    """Closed at the end, as a server that is told to stop."""
+    """Closed at the end, as a server that is told to stop. It looks around more often than a real
+    one."""
     config = config or JobsConfig()
     jobs = (open_store(config, directory), directory, config)
     app = make_app(cluster or FakeCluster(), jobs=jobs, **{"clock": time.time, **more})
-    try:
+    with (
+        patch("nanogpt.jobs.runner.CLAIM_S", 0.02),
+        patch("nanogpt.api.jobs.batch_feed.LOOK_S", 0.05),
+        contextlib.closing(app.extensions["nanogpt"]),
+    ):
         yield app
-    finally:
-        app.extensions["nanogpt"].close()
 
 
 def wait_for(condition: Callable[[], Any]) -> Any:

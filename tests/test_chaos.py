@@ -126,6 +126,10 @@ def test_a_fault_excuses_only_what_it_can_cause():
     assert found(broken, fault("kill-worker", at=7.0))
     wrong = streamed_answer(reordered()[:5], outcome="broken")
     assert found(wrong, fault("kill-worker"))
+    assert "room for it" in found(refusal(), fault("kill-rank"))[0]
+    assert "room for it" in found(refusal(429, "rate_limit_exceeded"), fault("drain"))[0]
+    assert "all the time" in found(refusal(code="starting"), fault("kill-rank"))[0]
+    assert found(refusal(code="starting"), fault("kill-master")) == []
     refused = refusal(code="draining", sent=1.0)
     assert found(refused, fault("drain", at=2.5))
     assert found(refused, fault("drain", at=1.2)) == []
@@ -133,8 +137,8 @@ def test_a_fault_excuses_only_what_it_can_cause():
 
 def test_a_late_refusal_is_excused_by_the_time_in_which_nobody_could_read():
     late = refusal(code="starting", sent=1.0, ended=18.0)
-    assert found(late, fault("stop-frontend", at=2.0, healed=15.0)) == []
-    assert "dropped" in found(late, fault("stop-frontend", at=2.0, healed=12.0))[0]
+    assert found(late, fault("kill-master", at=2.0, healed=15.0)) == []
+    assert "dropped" in found(late, fault("kill-master", at=2.0, healed=12.0))[0]
     assert "dropped" in found(late, fault("kill-rank", at=2.0, healed=15.0))[0]
     assert "dropped" in found(late, fault("drain", at=0.5, healed=15.0))[0]
 

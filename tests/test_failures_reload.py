@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from nanogpt.cluster.hold import Hold
 from tests.server import ROOT, Server, serving
-from tests.test_e2e import wait_until
+from tests.test_failures import SECONDS, Victim, torchrun
 
 WEIGHTS = ROOT / "nanogpt" / "weights" / "shakespeare-char"
 MODEL = "mine"
@@ -118,11 +118,66 @@ def test_weights_that_can_not_be_read_change_nothing(reloading, folder):
     assert complete(reloading).choices[0].text
 
 
+def test_a_configuration_that_only_the_ranks_can_refuse_is_taken_back(reloading, folder):
+    """The check does not see how much memory there is for KV. What runs goes on, with the ranks of
+    the configuration before."""
+    want = [c.text for c in complete(reloading).choices]
+    groups = reloading.output.count("ready: ")
+    configure(folder, "[engine]\nkv_memory_gib = 0.0001")
+    crowd = Crowd(reloading)
+    reload(reloading, groups + 1)
+    assert "going back" in reloading.output
+    answers = crowd.answers()
+    configure(folder)
+    assert len(answers) >= 4
+    assert all([c.text for c in answer.choices] == want for answer in answers)
+
+
+def test_an_edit_of_the_configuration_counts_from_a_reload_on(reloading, folder):
+    """torchrun may be started anew at any time; what it then starts must not find half an edit."""
+    groups = reloading.output.count("ready: ")
+    configure(folder, "what")
+    torchrun(reloading).kill()
+    reloading.wait_for("^ready: ", count=groups + 1)
+    configure(folder)
+    assert complete(reloading).choices[0].text
+
+
+def test_weights_that_are_away_for_a_while_are_a_pause(reloading, folder):
+    """Somebody copies new ones, say, and a rank dies in the middle of it. The server ended, and
+    every open stream with it."""
+    victim = Victim(reloading, model=MODEL)
+    weights = folder / "model" / "model.safetensors"
+    away = weights.with_suffix(".away")
+    weights.rename(away)
+    try:
+        reloading.ranks()[0].kill()
+        reloading.wait_for("can't start at present")
+    finally:
+        away.rename(weights)
+    victim.check()
+
+
+def test_torchrun_may_die_while_a_reload_waits(reloading, folder):
+    """The launcher waited for what runs to finish, and started nobody who could finish it."""
+    groups = reloading.output.count("ready: ")
+    reloads = reloading.output.count("reloading: ")
+    long = {**SECONDS, "max_tokens": 450, "n": 1, "model": MODEL}
+    Victim(reloading, **long).check()
+    reloading.process.send_signal(signal.SIGHUP)
+    victim = Victim(reloading, **long)  # while the launcher tries the models
+    reloading.wait_for("reloading: ", count=reloads + 1)
+    torchrun(reloading).kill()
+    victim.check()
+    reloading.wait_for("^ready: ", count=groups + 2)
+
+
 def test_other_weights_are_not_mixed_with_those_before(reloading, folder):
     """What was accepted finishes with the weights that it began with, what comes later has the new
     ones from its first token, and the fingerprint says which."""
     old = complete(reloading, max_tokens=200)
     groups = reloading.output.count("ready: ")
+    reloads = reloading.output.count("reloading: ")
     weights = folder / "model" / "model.safetensors"
     tensors = {name: tensor * 1.1 for name, tensor in load_file(weights).items()}
     weights.unlink()
@@ -131,7 +186,7 @@ def test_other_weights_are_not_mixed_with_those_before(reloading, folder):
         stream = complete(reloading, max_tokens=200, stream=True)
         running = pool.submit(list, stream)
         reloading.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: "reloading: " in reloading.output.partition("ranks: 2")[2], 30)
+        reloading.wait_for("reloading: ", count=reloads + 1)
         late = pool.submit(complete, reloading, max_tokens=200)
         chunks = running.result(120)
         text = "".join(c.text for k in chunks for c in k.choices if c.index == 0)

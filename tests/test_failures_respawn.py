@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from nanogpt import process
-from nanogpt.cluster import respawn
+from nanogpt.cluster import departure, respawn
 from nanogpt.cluster.broadcast import Broadcast, PeerLost
 from nanogpt.cluster.departure import SETTLE_S, Departure
 from nanogpt.cluster.process_group import Group, join_generation
@@ -95,16 +95,21 @@ def test_a_token_in_between_starts_the_count_again(tmp_path):
 def test_a_loop_that_does_not_turn_is_ended_and_known_as_a_fault(tmp_path):
     """Also without a front end that remembers the rank. Found by the chaos command: a rank hung,
     and before that was noticed the front end was killed; then nobody was left to notice."""
-    assert run_children(tmp_path, "hang,2 if stuck") == (2, 2)
+    assert run_children(tmp_path, "joinedhang,2 if stuck") == (2, 2)
 
 
 def test_a_stopped_child_is_ended_and_no_fault(tmp_path):
-    assert run_children(tmp_path, "stop,2 if killed") == (2, 2)
+    assert run_children(tmp_path, "joinedstop,2 if killed") == (2, 2)
 
 
 def test_a_kill_for_want_of_memory_is_a_fault(tmp_path):
     """The kernel counts its kills; an operator's has the same signal, and must cost nothing."""
-    assert run_children(tmp_path, "signal9,2 if oom") == (2, 2)
+    assert run_children(tmp_path, "joinedsignal9,2 if oom") == (2, 2)
+
+
+def test_a_start_that_comes_to_nothing_is_not_what_the_rank_before_died_of(tmp_path):
+    """A request would take the blame for weights that could not be read for a while, say."""
+    assert run_children(tmp_path, "joinedsignal9,1,2 if killed") == (2, 3)
 
 
 def test_kills_of_a_rank_that_was_well_are_no_reason_to_wait(tmp_path):
@@ -291,3 +296,8 @@ def test_a_rank_without_a_front_end_stays_as_long_as_its_group():
     time.sleep(SETTLE_S + 0.1)
     assert not departed.is_due()
     assert not departed.is_due()
+
+
+def test_a_rank_whose_front_end_has_died_does_not_wait_for_ever(monkeypatch):
+    monkeypatch.setattr(departure, "MARGIN_S", 0.2)
+    becomes_due(Departure(lambda: True, lambda: None, 1.0))

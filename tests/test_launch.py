@@ -63,7 +63,27 @@ def test_a_check_that_dies_without_a_word_refuses_the_reload(monkeypatch, tmp_pa
     monkeypatch.setattr(sys, "executable", str(silent))
     monkeypatch.setattr(preflight, "plan", lambda config: 1)
     with pytest.raises(StartupError, match="-9"):
-        preflight.plan_reload([], options.parse([]))
+        preflight.plan_reload([], options.parse([]), wait_for)
+
+
+def test_a_check_that_does_not_end_refuses_the_reload(monkeypatch, tmp_path):
+    """Of weights on a disk that hangs."""
+    slow = tmp_path / "python"
+    slow.write_text(f"#!/bin/sh\necho $$ >{tmp_path}/pid\nexec sleep 60\n")
+    slow.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(slow))
+    monkeypatch.setattr(preflight, "plan", lambda config: 1)
+    monkeypatch.setattr(preflight, "CHECK_S", 1.0)
+    with pytest.raises(StartupError, match="was ended"):
+        preflight.plan_reload([], options.parse([]), wait_for)
+    assert process.open_pidfd(int((tmp_path / "pid").read_text())) is None
+
+
+def wait_for(seconds, function):
+    deadline = time.monotonic() + seconds
+    while (found := function()) is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return found
 
 
 TORCHRUN = {

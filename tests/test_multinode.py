@@ -118,6 +118,7 @@ def streaming(server: Server, seed: int) -> Iterator[None]:
 
 def test_choices_are_shared_across_machines(pair):
     assert pair.who() == "0,1,0,1"
+    assert "ranks: 2" in pair.server.wait_for("^ready: ")
 
 
 def test_a_machine_that_is_lost_is_gone_without_until_it_is_back(pair):

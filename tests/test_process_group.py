@@ -2,8 +2,11 @@
 
 import multiprocessing
 import os
+import signal
+import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
@@ -24,29 +27,38 @@ def die(*_: Any, **__: Any) -> None:
     os._exit(9)
 
 
-def die_connecting() -> None:
-    process_group._broadcast = die
+def stop(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def die_at_first_group() -> None:
-    dist.new_group = die
+def at_first_group(end: Callable[..., None]) -> None:
+    dist.new_group = end
 
 
-def die_at_second_group() -> None:
+def at_second_group(end: Callable[..., None]) -> None:
     new_group, calls = dist.new_group, []
 
-    def at_second(*args: Any, **more: Any) -> Any:
+    def second(*args: Any, **more: Any) -> Any:
         calls.append(1)
-        return die() if len(calls) == 2 else new_group(*args, **more)
+        return end() if len(calls) == 2 else new_group(*args, **more)
 
-    dist.new_group = at_second
+    dist.new_group = second
+
+
+def connecting(end: Callable[..., None]) -> None:
+    process_group._broadcast = end
+
+
+def connected(end: Callable[..., None]) -> None:
+    open_group = process_group.open_group
+    process_group.open_group = lambda *args: (open_group(*args), end())
 
 
 # As far as a rank may come before it dies, each a point at which the others wait for its next step.
 DEATHS = {
-    "before it connects": die_connecting,
-    "between two groups": die_at_first_group,
-    "between the last two": die_at_second_group,
+    "before it connects": partial(connecting, die),
+    "between two groups": partial(at_first_group, die),
+    "between the last two": partial(at_second_group, die),
 }
 
 
@@ -56,6 +68,15 @@ def connect(rank: int, port: int, death: Callable[[], None] | None) -> None:
         death()
     process_group.open_group(Ranks(rank, 2, rank, 2, 0, "127.0.0.1", port), 1.0)
     os._exit(0)
+
+
+def connect_machines(rank: int, port: int, death: Callable[[], None] | None) -> None:
+    """The same, each rank on a machine of its own."""
+    process_group.GONE_S = 1.0
+    if death:
+        death()
+    process_group.open_group(Ranks(rank, 2, 0, 1, rank, "127.0.0.1", port), 1.0)
+    time.sleep(WAIT_S)
 
 
 @pytest.fixture
@@ -69,8 +90,10 @@ def store():
 def start(store):
     started = []
 
-    def start(rank: int, death: Callable[[], None] | None = None) -> ForkServerProcess:
-        process = FORKS.Process(target=connect, args=(rank, store.port, death))
+    def start(
+        rank: int, death: Callable[[], None] | None = None, target: Callable[..., None] = connect
+    ) -> ForkServerProcess:
+        process = FORKS.Process(target=target, args=(rank, store.port, death))
         process.start()
         started.append(process)
         return process
@@ -98,3 +121,13 @@ def test_who_connects_to_a_rank_that_dies_moves_on_to_the_next_generation(start,
     assert exit_code(other) in (PEER_LOST, 1)  # 1: it was told by the connection
     successor = start(1 - rank)
     assert (exit_code(heir), exit_code(successor)) == (0, 0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("when", [connecting, at_second_group, connected])
+def test_a_machine_that_goes_silent_before_it_has_joined_is_missed(start, when, rank):
+    """No connection ends, and nobody there begins another generation: the others waited for
+    ever."""
+    other = start(1 - rank, target=connect_machines)
+    start(rank, partial(when, stop), connect_machines)
+    assert exit_code(other) in (PEER_LOST, 1)  # 1: torch's own patience while it connects

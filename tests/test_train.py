@@ -129,6 +129,7 @@ def finish(process):
 
 def test_kill_and_resume_changes_nothing(data, tmp_path):
     """kill -9 in the middle, start again: the same losses and weights, bit for bit."""
+    uninterrupted = start(tmp_path, data, "whole")
     with start(tmp_path, data, "killed") as process:
         try:
             deadline = time.monotonic() + 120
@@ -141,7 +142,7 @@ def test_kill_and_resume_changes_nothing(data, tmp_path):
     killed_at = state.peek(tmp_path / "killed")[0].step
     assert 25 <= killed_at < 80
     finish(start(tmp_path, data, "killed"))
-    finish(start(tmp_path, data, "whole"))
+    finish(uninterrupted)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 8
     killed, whole = state_tensors(tmp_path / "killed"), state_tensors(tmp_path / "whole")
@@ -156,8 +157,9 @@ def state_tensors(out):
 
 def test_two_ranks_equal_accumulation(data, tmp_path):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    finish(start(tmp_path, data, "one", steps=20))
+    one = start(tmp_path, data, "one", steps=20)
     finish(start(tmp_path, data, "two", steps=20, launcher=(*torchrun, "--nproc-per-node=2")))
+    finish(one)
     one, two = state_tensors(tmp_path / "one"), state_tensors(tmp_path / "two")
     assert one.keys() == two.keys()
     for name in one:

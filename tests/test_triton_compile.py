@@ -18,10 +18,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def compile_for(capability: int, dtype: str, head_size: int) -> list[dict[str, Any]]:
+CASES = [
+    (75, "float16", 64),  # T4
+    (80, "bfloat16", 64),
+    (90, "bfloat16", 64),  # H100, H200
+    (80, "float32", 64),
+]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
     """In a process of its own: this one may have Triton as an interpreter."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.compile_kernels", f"{capability}", dtype, f"{head_size}"],
+        [sys.executable, "-m", "tests.compile_kernels", *(str(x) for case in CASES for x in case)],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
@@ -31,17 +40,12 @@ def compile_for(capability: int, dtype: str, head_size: int) -> list[dict[str, A
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize(
-    ("capability", "dtype", "head_size"),
-    [
-        (75, "float16", 64),  # T4
-        (80, "bfloat16", 64),
-        (90, "bfloat16", 64),  # H100, H200
-        (80, "float32", 64),
-    ],
-)
-def test_kernels_compile_and_fit(capability: int, dtype: str, head_size: int) -> None:
-    rows = compile_for(capability, dtype, head_size)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_compile_and_fit(
+    case: tuple[int, str, int], compiled: list[dict[str, Any]]
+) -> None:
+    capability, dtype, _ = case
+    rows = [r for r in compiled if (r["capability"], r["dtype"], r["head_size"]) == case]
     assert len(rows) == 8
     for row in rows:
         assert row["shared"] <= SHARED[capability], row

@@ -3,7 +3,8 @@
 - Every accepted request has exactly one terminal answer, equal to the oracle's in text, tokens,
   finish_reason, usage and log probabilities; no stream misses, doubles or reorders a token.
 - Whoever is refused gets 429 or 503 with Retry-After, and only before the request was accepted:
-  while the server drains, or within REFUSED_S.
+  while the server drains, or within REFUSED_S. Where there are faults, there is room for all: then
+  nobody is refused but by a front end that is new, or on its way out.
 - A connection breaks only when the process that holds it was killed, and has seen nothing wrong.
 - The cluster recovers from every fault, ends with code 0, leaves no process behind, and its
   processes don't grow.
@@ -182,6 +183,10 @@ def _refusal(asked: Asked, faults: list[Fault]) -> str:
         return "it was accepted, and then refused since the server drained"
     if asked.ended - asked.sent > _patience_s(asked, faults):
         return f"it was accepted, and then dropped ({code}) after {asked.ended - asked.sent:.1f} s"
+    if faults and (asked.status == 429 or code == "overloaded"):
+        return f"there was room for it ({asked.status}, {code})"
+    if code == "starting" and not any(f.kind in ABSENT for f in _meanwhile(asked, faults)):
+        return "it was refused, though its front end was there all the time"
     return ""
 
 

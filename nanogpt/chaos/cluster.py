@@ -119,10 +119,14 @@ class ChaosCluster:
             times = _LOADED.findall(file.read().decode(errors="replace"))
         return max(map(float, times), default=0.0)
 
-    def stop(self) -> int:
-        """SIGTERM to the launcher; its exit code. A launcher that hangs is killed."""
+    def ask_stop(self) -> None:
+        """SIGTERM to the launcher; may be called again."""
         if self.launcher.poll() is None:
             self.launcher.send_signal(signal.SIGTERM)
+
+    def stop(self) -> int:
+        """SIGTERM to the launcher; its exit code. A launcher that hangs is killed."""
+        self.ask_stop()
         try:
             return self.launcher.wait(STOP_S)
         except subprocess.TimeoutExpired:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from nanogpt.chaos import processes
 from nanogpt.chaos.client import ask
 from nanogpt.chaos.cluster import ChaosCluster, ClusterError
-from nanogpt.chaos.faults import FAULTS
+from nanogpt.chaos.faults import DRAINS, FAULTS
 from nanogpt.chaos.history import Behaviour, Expected, Fault, History, Sample
 from nanogpt.chaos.load import make_body, may_stream
 
@@ -210,7 +210,7 @@ def _strike(
         try:
             cluster.wait_ended(injury.ending)
             if injury.new_epoch:
-                cluster.wait_ready(0 if kind == "drain" else epoch, FIRST_TOKEN_S)
+                cluster.wait_ready(0 if kind in DRAINS else epoch, FIRST_TOKEN_S)
             healed = load.pulse.first_after(time.monotonic(), FIRST_TOKEN_S)
             loading_s = cluster.loading_s(log_size)
             problem = "" if healed else f"no token for {FIRST_TOKEN_S:.0f} s after it"

@@ -174,6 +174,7 @@ class ClusterClient:
     def drain(self) -> None:
         """Take no new requests; those that were accepted go on."""
         self._draining = True
+        self._hold.end()
 
     def submit(
         self, request: GenerateRequest, *, is_patient: bool = False, may_block: bool = True

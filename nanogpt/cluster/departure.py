@@ -45,10 +45,10 @@ class Departure:
             return False
         if not self._has_group():
             return True
+        late = time.monotonic() - self._asked_at > self._patience_s
         if self._draining is None:
             self._draining = self._begin()
-            return False  # a rank without a front end goes with its group
-        late = time.monotonic() - self._asked_at > self._patience_s
+            return late  # a rank without a front end goes with its group
         return late or process.has_ended(self._draining)
 
     def _begin(self) -> int | None:

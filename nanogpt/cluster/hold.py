@@ -24,7 +24,7 @@ class Hold:
         self._open = threading.Event()
         self._open.set()
         self._look_at = self._until = 0.0
-        self._told = False
+        self._told = self._over = False
 
     @property
     def is_open(self) -> bool:
@@ -34,9 +34,14 @@ class Hold:
         """Whether requests are taken, at once or within this time."""
         return self._open.wait(timeout_s)
 
+    def end(self) -> None:
+        """The server ends: nobody waits here any more."""
+        self._over = True
+        self._open.set()
+
     def turn(self, now: float, is_idle: Callable[[], bool], is_ready: bool) -> None:
         """Look whether something has changed. `is_idle`: nothing runs; `is_ready`: a group is."""
-        if now < self._look_at:
+        if now < self._look_at or self._over:
             return
         self._look_at = now + LOOK_EVERY_S
         asked = self._is_asked()

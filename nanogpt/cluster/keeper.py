@@ -36,13 +36,13 @@ class FrontEndKeeper:
         self._checked = 0.0
 
     def ensure(self) -> None:
-        """Start a front end if none is alive. Raises StartupError when it can't start at all."""
+        """Start a front end if none is alive. Raises StartupError when the first can't start."""
         now = time.monotonic()
         if now - self._checked < CHECK_S:
             return
         self._checked = now
         code = self._child.poll() if self._child else None
-        if code == 2:  # it has said why on stderr
+        if code == 2 and not self._run_dir.is_started():  # it has said why on stderr
             raise StartupError(self._run_dir.fatal() or "the front end can't start")
         running = self._child is not None and code is None
         if running or self._run_dir.is_stopping() or self._run_dir.holder(LOCK) is not None:

@@ -22,6 +22,9 @@ STORE_TIMEOUT = timedelta(seconds=60)  # for the store to answer
 CONNECT_TIMEOUT = timedelta(seconds=10)  # for ranks that are all there to connect to each other
 SOON_S, LATER_S = 0.005, 0.1  # between two looks at who is there, at first and after a while
 WATCH_EVERY_S = 1.0
+# A rank of another machine that has told the store nothing for so long is gone, and so is a rank 0
+# for them. Ranks that have joined are noticed sooner, by the front end.
+GONE_S = 15.0
 
 
 class Group(NamedTuple):
@@ -90,7 +93,8 @@ def _connect(ranks: Ranks, node_wait_s: float) -> Group:
     ranks = ranks._replace(rank=members.index(ranks.rank), world_size=len(members))
     prefix = dist.PrefixStore(f"group {generation}", store)
     connected = threading.Event()
-    _leave_with_generation(_store(ranks), generation, connected, for_ever=has_nodes)
+    roll = _Roll(ranks, generation) if has_nodes else None
+    _leave_with_generation(_store(ranks), generation, connected, roll)
     broadcast = _broadcast(ranks, prefix)
     connected.set()
     return Group(ranks, broadcast, store, generation)
@@ -155,18 +159,42 @@ def join_generation(
         latest = store.add("generation", 0)
 
 
+class _Roll:
+    """Who of a generation is still there, by what each tells the store: a machine that loses its
+    power, or its network, ends no connection."""
+
+    def __init__(self, ranks: Ranks, generation: int) -> None:
+        self._own = f"alive {generation} {ranks.rank}"
+        others = range(1, ranks.world_size) if ranks.rank == 0 else [0]
+        self._others = {rank: f"alive {generation} {rank}" for rank in others}
+        self._heard: dict[int, tuple[int, float]] = {}  # a count, and since when
+
+    def call(self, store: dist.Store, now: float) -> list[int]:
+        """Tell that this rank is there; the ranks that have not told so for too long."""
+        store.add(self._own, 1)
+        for rank, key in self._others.items():
+            count = store.add(key, 0)
+            if self._heard.get(rank, (-1, 0.0))[0] != count:
+                self._heard[rank] = count, now
+        return [rank for rank, (_, since) in self._heard.items() if now - since > GONE_S]
+
+
 def _leave_with_generation(
-    store: dist.Store, generation: int, connected: threading.Event, *, for_ever: bool
+    store: dist.Store, generation: int, connected: threading.Event, roll: _Roll | None
 ) -> None:
     """End this process when another generation has begun, or the store is gone, while it connects:
-    torch waits as long for a rank that has died as it may for a word later. Where a network is cut
-    for a while, no connection tells that the group is over: there this goes on `for_ever`."""
+    torch waits as long for a rank that has died as it may for a word later. Between machines, where
+    no connection tells that the group is over when a network is cut for a while, this goes on for
+    ever, and has a `roll` of who is there."""
 
     def watch() -> None:
         try:
             while store.add("generation", 0) == generation:
+                if roll and (gone := roll.call(store, time.monotonic())):
+                    log.error("nothing has come from rank %d for %.0f s", gone[0], GONE_S)
+                    os._exit(PEER_LOST)
                 if connected.wait(LATER_S):
-                    if not for_ever:
+                    if not roll:
                         return
                     time.sleep(WATCH_EVERY_S)
             log.error("another group has begun")

@@ -47,8 +47,8 @@ class Patience(NamedTuple):
 
 
 class Life:
-    """What parent and child tell each other. `before`: how the child before this one ended, as an
-    exit code or the negative number of a signal; 0 for the first."""
+    """What parent and child tell each other. `before`: how the latest child that was in a group
+    ended, as an exit code or the negative number of a signal; 0 when there was none."""
 
     def __init__(self) -> None:
         # That the child was of use; that it is in a group; from byte 8 on, when its loop turned.
@@ -110,7 +110,8 @@ def keep_alive(
             return 0
         if code == NO_USE:
             return code
-        life.before = code
+        if life.has_group:  # else it ended by nothing that a request has done
+            life.before = code
         # One that was ready, and was killed, is nobody's fault: operators may do so all day.
         was_well = life.has_group and not is_fault(code)
         deaths = 1 if life.take() or was_well else deaths + 1
@@ -150,7 +151,7 @@ def _run(
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    oom_kills, stuck = process.oom_kills(), False
+    oom_kills, stuck, killed = process.oom_kills(), False, False
     running_at = time.monotonic()  # when it was last seen to be not stopped
     pidfd = os.pidfd_open(pid)
     poll = select.poll()
@@ -160,13 +161,15 @@ def _run(
             if tick():
                 return None
             now = time.monotonic()
+            if killed:  # it ends once the kernel lets it
+                continue
             if not process.is_stopped(pid):
                 running_at = now
             stuck = life.idle_s() > patience.stuck_s
             if stuck or now - running_at > patience.stopped_s:
                 log.error("the rank hangs (%s): killed", "in a step" if stuck else "stopped")
                 process.kill(pidfd)
-                poll.poll()
+                killed = True
     finally:
         os.close(pidfd)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
