@@ -168,6 +168,10 @@ class RunDir:
         else:
             os.close(fd)
             return False
+        # Who clears old files away from a directory for temporary ones leaves locked ones alone.
+        directory = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(directory, fcntl.LOCK_SH)
+        self._locks.append(directory)
         os.ftruncate(fd, 0)
         os.pwrite(fd, str(os.getpid()).encode(), 0)
         self._locks.append(fd)

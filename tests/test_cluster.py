@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt.cluster import rank_loop, transport
+from nanogpt.cluster import lead, rank_loop, transport
 from nanogpt.cluster.broadcast import Broadcast
 from nanogpt.cluster.client import ClusterClient
 from nanogpt.cluster.handle import RequestHandle
 from nanogpt.cluster.intake import Place
+from nanogpt.cluster.lead import Lead
 from nanogpt.cluster.messages import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
@@ -574,6 +575,36 @@ def test_a_full_queue_loses_nothing_and_stops_generation(tmp_path, monkeypatch):
     assert got == list(range(steps))
     loop._heart.stop()
     loop._link.close()
+    sockets.close()
+
+
+def test_what_is_too_much_for_one_broadcast_goes_in_several(tmp_path, monkeypatch):
+    """Many long requests go on after a crash at once. Rank 0 died of them, and its successor."""
+    monkeypatch.setattr(lead, "MAX_MESSAGE_BYTES", 500)
+    sockets = FrontEndSockets(f"ipc://{tmp_path}/c", f"ipc://{tmp_path}/e")
+    broadcast = Broadcast(0, 1, None)
+    first = Lead(ControlLink(f"ipc://{tmp_path}/c"), broadcast, Lead.hello(1, (INFO,)), 60.0)
+    deadline = time.monotonic() + 10
+    while not (said := list(sockets.control_messages())):
+        assert time.monotonic() < deadline
+        sockets.poll(10)
+    ((identity, _), *_) = said
+    wanted = [Submit(0, msgspec.structs.replace(request(), request_id=f"r{i}")) for i in range(40)]
+    for submit in wanted:
+        sockets.send(identity, submit)
+    got, ticks = [], []
+    while len(got) < len(wanted):
+        assert time.monotonic() < deadline
+        first.turn(10)
+        for payload in broadcast.poll():
+            assert len(payload) <= 500
+            frame = Decoder(Frame)(payload)
+            ticks.append(frame.tick)
+            got += frame.commands
+    assert got == wanted
+    assert ticks == list(range(1, len(ticks) + 1))
+    assert len(ticks) > 5
+    first._control.close()
     sockets.close()
 
 

@@ -122,6 +122,49 @@ def test_a_rank_that_crashes_by_itself_is_a_reason_to_wait(tmp_path):
     assert run_children(tmp_path, ",".join(["joinedsignal11"] * 9)) == (1, 4)
 
 
+def test_an_oom_kill_of_long_ago_is_not_what_a_rank_died_of(monkeypatch):
+    """An operator's kill must never cost a request."""
+    count = 0
+    monkeypatch.setattr(respawn.process, "oom_kills", lambda: count)
+    kills = respawn._OomKills()
+    now = time.monotonic()
+    count = 1  # somebody else's
+    assert kills.have_risen()
+    for second in range(25):
+        kills.look(now + second)
+    assert not kills.have_risen()
+    count = 2
+    kills.look(now + 26)
+    assert kills.have_risen()
+
+
+def test_a_machine_that_was_frozen_is_no_hang(tmp_path):
+    """Parent and child wake at once: it was taken for stuck, and a lone request for guilty."""
+    code = (
+        "import os, signal, sys, time\n"
+        "from nanogpt.cluster import respawn\n"
+        "life = respawn.Life()\n"
+        "def work():\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    while True:\n"
+        "        life.turn()\n"
+        "        time.sleep(0.1)\n"
+        "respawn.keep_alive(life, respawn.Patience(1.0, 1.0), work, lambda: False)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    child = int(parent.stdout.readline())
+    os.kill(parent.pid, signal.SIGSTOP)
+    os.kill(child, signal.SIGSTOP)
+    time.sleep(3.0)
+    os.kill(parent.pid, signal.SIGCONT)
+    time.sleep(0.3)
+    os.kill(child, signal.SIGCONT)
+    time.sleep(1.5)
+    assert process.stat(child)[:1] in (["S"], ["R"])
+    parent.kill()
+    parent.communicate()
+
+
 def test_child_dies_with_its_parent(tmp_path):
     code = (
         "import os, time; from nanogpt.cluster import respawn\n"

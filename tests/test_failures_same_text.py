@@ -107,21 +107,24 @@ def loads(draw) -> list[GenerateRequest]:
     found = []
     for i in range(draw(st.integers(2, 6))):
         logprobs = draw(st.sampled_from([None, 0, 2]))
-        found.append(
-            request(
-                f"r{i}",
-                *draw(st.lists(prompts(), min_size=1, max_size=2)),
-                n=draw(st.sampled_from([1, 1, 2, 5])),
-                seed=draw(st.integers(0, 2**31)),
-                max_tokens=draw(st.integers(1, 30)),
-                temperature=draw(st.sampled_from([0.0, 0.8, 1.0])),
-                top_p=draw(st.sampled_from([1.0, 0.9])),
-                top_k=draw(st.sampled_from([0, 20])),
-                frequency_penalty=draw(st.sampled_from([0.0, 0.4])),
-                logprobs=logprobs,
-                prompt_logprobs=logprobs is not None and draw(st.booleans()),
-            )
+        req = request(
+            f"r{i}",
+            *draw(st.lists(prompts(), min_size=1, max_size=2)),
+            n=draw(st.sampled_from([1, 1, 2, 5])),
+            seed=draw(st.integers(0, 2**31)),
+            max_tokens=draw(st.integers(1, 30)),
+            temperature=draw(st.sampled_from([0.0, 0.8, 1.0])),
+            top_p=draw(st.sampled_from([1.0, 0.9])),
+            top_k=draw(st.sampled_from([0, 20])),
+            frequency_penalty=draw(st.sampled_from([0.0, 0.4])),
+            presence_penalty=draw(st.sampled_from([0.0, 0.3])),
+            logit_bias=draw(st.sampled_from([{}, {3: 2.0, 7: -100.0}])),
+            logprobs=logprobs,
+            prompt_logprobs=logprobs is not None and draw(st.booleans()),
         )
+        # Streamed, and otherwise: tokens that are kept back are lost in a crash.
+        gather_s = draw(st.sampled_from([0.0, 0.25, 60.0]))
+        found.append(msgspec.structs.replace(req, gather_s=gather_s))
     return found
 
 

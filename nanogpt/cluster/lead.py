@@ -6,6 +6,7 @@ import time
 
 from nanogpt.cluster.broadcast import Broadcast
 from nanogpt.cluster.messages import (
+    MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
     Alive,
     Command,
@@ -62,5 +63,15 @@ class Lead:
             self._last_beat = now
             self._control.send(Alive(self._epoch))
         if commands:
-            self._tick += 1
-            self._broadcast.send(encode(Frame(self._tick, tuple(commands))))
+            self._send(commands)
+
+    def _send(self, commands: list[Command]) -> None:
+        """In as few frames as they fit into: many long requests may go on at once after a crash."""
+        payload = encode(Frame(self._tick + 1, tuple(commands)))
+        if len(payload) > MAX_MESSAGE_BYTES and len(commands) > 1:
+            half = len(commands) // 2
+            self._send(commands[:half])
+            self._send(commands[half:])
+            return
+        self._tick += 1
+        self._broadcast.send(payload)

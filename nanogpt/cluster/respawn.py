@@ -27,6 +27,8 @@ from nanogpt.cluster.suspicion import is_fault
 log = logging.getLogger(__name__)
 
 TICK_S = 0.5
+OWN_PAUSE_S = 2.0  # between two ticks: this process itself was stopped, or starved
+OOM_WINDOW_S = 10.0  # in which the kernel's count of OOM kills rises for a child that it killed
 # Deaths in a row, at the start or by a fault, without a token in between: the first are bad luck,
 # more are a reason to wait.
 FREE_DEATHS = 3
@@ -130,6 +132,23 @@ def keep_alive(
             time.sleep(min(TICK_S, max(0.0, end - time.monotonic())))
 
 
+class _OomKills:
+    """Whether the kernel has killed anything for want of memory just now."""
+
+    def __init__(self) -> None:
+        self._counts = [process.oom_kills()] * 2  # OOM_WINDOW_S ago or more, and later
+        self._looked_at = time.monotonic()
+
+    def look(self, now: float) -> None:
+        """Call often."""
+        if now - self._looked_at > OOM_WINDOW_S:
+            self._counts = [self._counts[1], process.oom_kills()]
+            self._looked_at = now
+
+    def have_risen(self) -> bool:
+        return process.oom_kills() > self._counts[0]
+
+
 def _run(
     life: Life, patience: Patience, work: Callable[[], int], tick: Callable[[], bool]
 ) -> int | None:
@@ -151,8 +170,9 @@ def _run(
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    oom_kills, stuck, killed = process.oom_kills(), False, False
-    running_at = time.monotonic()  # when it was last seen to be not stopped
+    stuck = killed = False
+    oom_kills = _OomKills()
+    running_at = awake_at = ticked_at = time.monotonic()
     pidfd = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
@@ -161,11 +181,17 @@ def _run(
             if tick():
                 return None
             now = time.monotonic()
+            oom_kills.look(now)
+            if now - ticked_at > OWN_PAUSE_S:
+                running_at = awake_at = (
+                    now  # the child may have been frozen as well, and has a new chance
+                )
+            ticked_at = now
             if killed:  # it ends once the kernel lets it
                 continue
             if not process.is_stopped(pid):
                 running_at = now
-            stuck = life.idle_s() > patience.stuck_s
+            stuck = min(life.idle_s(), now - awake_at) > patience.stuck_s
             if stuck or now - running_at > patience.stopped_s:
                 log.error("the rank hangs (%s): killed", "in a step" if stuck else "stopped")
                 process.kill(pidfd)
@@ -173,6 +199,6 @@ def _run(
     finally:
         os.close(pidfd)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if code == -signal.SIGKILL and process.oom_kills() > oom_kills:
+    if code == -signal.SIGKILL and oom_kills.have_risen():
         return OUT_OF_MEMORY
     return STUCK if code == -signal.SIGKILL and stuck else code
