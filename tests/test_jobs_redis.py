@@ -207,24 +207,44 @@ def test_nothing_is_lost_or_doubled_when_redis_is_killed(tmp_path):
 
 
 # The stand-in for SQS takes some thirty messages a second.
-@pytest.mark.parametrize(
-    ("kind", "jobs", "faults", "pause_s"), [("redis", 100, 12, 0.005), ("sqs", 30, 16, 0.2)]
-)
-def test_enqueuers_workers_and_redis_may_all_be_killed(kind, jobs, faults, pause_s):
+KILL_RUNS = {
+    "redis": {"jobs": 100, "faults": 12, "pause_s": 0.005},
+    "sqs": {"jobs": 30, "faults": 16, "pause_s": 0.2, "kind": "sqs"},
+    "fences": {
+        "jobs": 40,
+        "faults": 3,
+        "kinds": ["stop worker"],
+        "sabotaged": "fences",
+        "end_s": 5,
+    },
+    "renewal": {"jobs": 40, "faults": 0, "kinds": [], "end_s": 5},
+}
+# What is put into the workers, and the words by which it is found.
+BUGS = {"fences": "had it", "renewal": "in_progress"}
+
+
+@pytest.fixture(scope="module")
+def kill_runs():
+    """All of them, on their way: they mostly wait."""
+    with ThreadPoolExecutor(len(KILL_RUNS)) as pool:
+        yield {
+            name: pool.submit(kill_jobs.run, seed=1, sabotaged=name if name in BUGS else "", **more)
+            for name, more in KILL_RUNS.items()
+        }
+
+
+@pytest.mark.parametrize("kind", ["redis", "sqs"])
+def test_enqueuers_workers_and_redis_may_all_be_killed(kind, kill_runs):
     """The short form of python -m tests.kill_jobs."""
-    report = kill_jobs.run(jobs=jobs, faults=faults, seed=1, kind=kind, pause_s=pause_s)
+    report = kill_runs[kind].result()
     assert report.wrong == []
-    assert report.accepted >= jobs
+    assert report.accepted >= KILL_RUNS[kind]["jobs"]
     assert report.silent > 0
-    assert report.faults.total() >= faults
+    assert report.faults.total() >= KILL_RUNS[kind]["faults"]
     assert report.faults["stop worker"] > 0
 
 
-@pytest.mark.parametrize(
-    ("bug", "kinds", "faults", "words"),
-    [("fences", ["stop worker"], 3, "had it"), ("renewal", [], 0, "in_progress")],
-)
-def test_a_bug_in_leases_is_found_by_stopping_workers_and_by_silent_jobs(bug, kinds, faults, words):
+@pytest.mark.parametrize(("bug", "words"), BUGS.items())
+def test_a_bug_in_leases_is_found_by_stopping_workers_and_by_silent_jobs(bug, words, kill_runs):
     """Workers whose late writes are accepted, or who don't renew their leases."""
-    report = kill_jobs.run(40, faults, 1, kinds=kinds, sabotaged=bug, end_s=5.0)
-    assert words in " ".join(report.wrong)
+    assert words in " ".join(kill_runs[bug].result().wrong)
