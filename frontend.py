@@ -552,7 +552,7 @@ def main(argv: list[str]) -> int:
             return 2
         log.info("another front end is alive: leaving it to that one")
         return 0
-    if os.getpgrp() != os.getpid():
+    if not is_web and os.getpgrp() != os.getpid():
         os.setpgid(0, 0)  # whoever ends this server ends its process group
     host = f"[{config.host}]" if ":" in config.host else config.host
 

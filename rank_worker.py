@@ -7,6 +7,7 @@ the process group, and turns its loop: take commands from the broadcast, run a s
 send events. Rank 0's parent also sees to it that a front end is there.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -123,14 +124,21 @@ class Parent:
         """Whether it is time to go."""
         if self._owner is None or process.has_ended(self._owner):
             log.error("the launcher is gone: leaving too")
-            if self._torchrun is not None:
-                process.kill(self._torchrun)  # it may be stopped, and would stay
+            self._take_along()
             return True
         if self._departure.is_asked:
             return self._departure.is_due()
         if self._keeper:
             self._keeper.ensure()
         return False
+
+    def _take_along(self) -> None:
+        """End those who may be stopped, and would stay."""
+        if (front_end := self._front_end()) is not None:
+            with contextlib.suppress(ProcessLookupError):  # it has left by itself
+                os.killpg(front_end, signal.SIGKILL)
+        if self._torchrun is not None:
+            process.kill(self._torchrun)
 
     def keep_alive(self) -> int:
         try:

@@ -72,14 +72,14 @@ class Torchrun:
     def start(self) -> None:
         self._process = process.start_below(self._command, self._environ)
 
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
+    def pids(self) -> list[int]:
+        """Of it and of all below it."""
+        if self._process is None:
+            return []
+        return [self._process.pid, *process.pids_below(self._process.pid)]
 
-    def poll(self) -> int | None:
-        assert self._process is not None
-        return self._process.poll()
+    def has_ended(self) -> bool:
+        return self._process is not None and self._process.poll() is not None
 
     def stop(self) -> None:
         """End torchrun and its ranks; kill what does not end in time."""
@@ -97,15 +97,15 @@ class Torchrun:
 class Launcher:
     """The life of one node."""
 
-    def __init__(
-        self, config: ServeConfig, run_dir: RunDir, given: Sequence[str], ranks: int
-    ) -> None:
+    def __init__(self, config: ServeConfig, run_dir: RunDir, given: Sequence[str]) -> None:
         """`given`: the operator's options, from which `config` came. Raises StartupError."""
         self._given, self._run_dir = given, run_dir
-        self._configs = 0  # how many there have been
-        self._config = config
-        self._torchrun = self._plan(config, ranks)
-        # What a reload has replaced, until its successor has been ready.
+        self._config, self._configs = config, 0  # how many copies there have been
+        argv = self._keep_options()
+        self._config = options.parse(argv)
+        preflight.check_fixed(self._config, config)
+        self._torchrun = Torchrun(self._config, preflight.plan(self._config), argv)
+        # What a reload has replaced: it had been ready, and its successor has not yet.
         self._before: tuple[ServeConfig, Torchrun] | None = None
         self._started = 0.0  # when torchrun was; time.monotonic()
         self._start_at: float | None = None  # when it will be again
@@ -114,17 +114,15 @@ class Launcher:
         self._stopped: dict[int, float] = {}  # processes, and since when
         self._look_at = 0.0
 
-    def _plan(self, config: ServeConfig, ranks: int) -> Torchrun:
-        """One for this configuration, whatever becomes of the file."""
-        self._configs += 1
+    def _keep_options(self) -> list[str]:
+        """Options with a copy of the file as it is now, whatever becomes of it: every process that
+        starts later reads it again."""
         file = options.config_file(self._given)
         if file is None:
-            return Torchrun(config, ranks, self._given)
-        try:
-            kept = self._run_dir.keep_config(Path(file), config.node_rank, self._configs)
-        except OSError as error:
-            raise StartupError(f"can't keep a copy of {file}: {error.strerror}") from error
-        return Torchrun(config, ranks, [*self._given, "--config", str(kept)])
+            return [*self._given]
+        self._configs += 1
+        copy = self._run_dir.keep_config(Path(file), self._config.node_rank, self._configs)
+        return [*self._given, "--config", str(copy)]
 
     def run(self) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -137,7 +135,9 @@ class Launcher:
             while not self._stop_asked:
                 if self._run_dir.fatal() is not None and not self._go_back():
                     return 2  # the process that found it has said so on stderr
-                if self._reload_asked:
+                if self._run_dir.is_started():
+                    self._before = None
+                if self._reload_asked and self._may_reload():
                     self._reload()
                 self._tend()
                 time.sleep(POLL_S)
@@ -145,26 +145,29 @@ class Launcher:
         finally:
             self._end()
 
+    def _may_reload(self) -> bool:
+        """Not before all ranks are ready: should it fail, there would be nothing to go back to."""
+        return self._run_dir.is_started() or self._config.nnodes > 1
+
     def _start(self) -> None:
         self._start_at, self._started = None, time.monotonic()
-        self._torchrun.start()
+        try:
+            self._torchrun.start()
+        except OSError as error:  # too many processes, or no memory: that may pass
+            log.error("can't start torchrun: %s", error.strerror)
+            self._start_at = self._started + MAX_PAUSE_S
 
     def _tend(self) -> None:
         """What must go on, whatever else this process waits for."""
         now = time.monotonic()
-        if self._torchrun.poll() is not None and self._start_at is None:
+        if self._torchrun.has_ended() and self._start_at is None:
             lived_s = now - self._started
-            self._pause_s = (
-                0.0 if lived_s > LONG_LIFE_S else min(2 * self._pause_s + 1, MAX_PAUSE_S)
-            )
+            longer = min(2 * self._pause_s + 1, MAX_PAUSE_S)
+            self._pause_s = 0.0 if lived_s > LONG_LIFE_S else longer
             self._start_at = now + self._pause_s
             log.error("torchrun ended: starting it again in %.0f s", self._pause_s)
         if self._start_at is not None and now >= self._start_at:
-            try:
-                self._start()
-            except OSError as error:  # too many processes, or no memory: that may pass
-                log.error("can't start torchrun: %s", error.strerror)
-                self._start_at = now + MAX_PAUSE_S
+            self._start()
         process.reap()
         self._kill_stopped(now)
 
@@ -175,15 +178,14 @@ class Launcher:
         if now < self._look_at:
             return
         self._look_at = now + LOOK_EVERY_S
-        pids = [self._torchrun.pid, *process.pids_below(self._torchrun.pid)]
-        stopped = [pid for pid in pids if process.is_stopped(pid)]
+        stopped = [pid for pid in self._torchrun.pids() if process.is_stopped(pid)]
         self._stopped = {pid: self._stopped.get(pid, now) for pid in stopped}
         watchdog_s = self._config.cluster.watchdog_s
         overdue = [pid for pid, since in self._stopped.items() if now - since >= watchdog_s]
         front_end = self._run_dir.holder(LOCK) if overdue else None
         for pid in overdue:
             with contextlib.suppress(ProcessLookupError):  # it went on, and ended
-                if front_end is None or os.getpgid(pid) != os.getpgid(front_end):
+                if os.getpgid(pid) != front_end:  # which leads its group
                     log.error("process %d is stopped: killed", pid)
                     os.kill(pid, signal.SIGKILL)
 
@@ -195,8 +197,9 @@ class Launcher:
         that runs: see nanogpt/cluster/hold.py. One that could not start changes nothing."""
         self._reload_asked = False
         try:
-            config, ranks = preflight.plan_reload(self._given, self._config, self._wait_for)
-            torchrun = self._plan(config, ranks)
+            argv = self._keep_options()
+            config, ranks = preflight.plan_reload(argv, self._config, self._wait_for)
+            torchrun = Torchrun(config, ranks, argv)
         except StartupError as error:
             log.error("not reloaded: %s", error)
             return
@@ -213,17 +216,19 @@ class Launcher:
     def _replace(self, config: ServeConfig, torchrun: Torchrun) -> None:
         self._torchrun.stop()
         self._run_dir.begin_again()
-        self._config, self._torchrun, self._before = config, torchrun, None
+        self._config, self._torchrun = config, torchrun
         self._start()
         self._run_dir.end_reload()
 
     def _go_back(self) -> bool:
         """What a reload brought can't start, though the check had found nothing. Returns whether
         there is something to go back to."""
-        if self._before is None or self._run_dir.is_started():
+        if self._before is None:
             return False
         log.error("the new configuration can't start: going back to the one before")
         self._replace(*self._before)
+        self._before = None
+        self._run_dir.set_started()  # it had been ready
         return True
 
     def _ask_stop(self, number: int, frame: FrameType | None) -> None:
@@ -260,7 +265,6 @@ def main(argv: list[str]) -> int:
         os.execv(sys.executable, [sys.executable, str(PROJECT / "frontend.py"), *argv])
     logging_setup.set_up(config.log_level, "launcher")
     try:
-        ranks = preflight.plan(config)
         run_dir = RunDir.open(config.host, config.port)
         if config.node_rank == 0:
             preflight.check_port(config.host, config.port, "--port")
@@ -269,7 +273,8 @@ def main(argv: list[str]) -> int:
         if not run_dir.lock(f"{LAUNCHER_LOCK}-{config.node_rank}"):
             raise StartupError(f"another launcher is running on {config.host}:{config.port}")
         run_dir.clear_marks()
-        launcher = Launcher(config, run_dir, argv, ranks)
+        run_dir.forget_configs(config.node_rank)
+        launcher = Launcher(config, run_dir, argv)
     except StartupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -81,9 +81,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def config_file(argv: Sequence[str]) -> str | None:
-    """The file that the options name. Raises ConfigError."""
+    """The file that `parse` reads, if there is one. Raises ConfigError."""
     file: str | None = vars(parser().parse_args(argv)).get("config")
-    return file
+    return file or os.environ.get("NANOGPT_CONFIG")
 
 
 def parse(argv: Sequence[str], environ: dict[str, str] | None = None) -> ServeConfig:

@@ -111,6 +111,13 @@ def plan(config: ServeConfig) -> int:
     return ranks
 
 
+def check_fixed(config: ServeConfig, running: ServeConfig) -> None:
+    """Raises StartupError when it differs in what can't change."""
+    for name in FIXED:
+        if getattr(config, name) != getattr(running, name):
+            raise StartupError(f"{name} can't change while the server runs")
+
+
 def plan_reload(
     argv: Sequence[str],
     running: ServeConfig,
@@ -123,17 +130,14 @@ def plan_reload(
     config = options.parse(argv)
     if config.nnodes > 1:
         raise StartupError("a reload is for one machine; restart the launchers one by one")
-    for name in FIXED:
-        if getattr(config, name) != getattr(running, name):
-            raise StartupError(f"{name} can't change while the server runs")
+    check_fixed(config, running)
     ranks = plan(config)
     command = [sys.executable, "-m", "nanogpt.engine.check", *argv]
     with tempfile.TemporaryFile() as output:
         check = process.start_below(command, os.environ, cwd=PROJECT, output=output)
         code = wait_for(CHECK_S, check.poll)
         if code is None:
-            check.kill()
-            check.wait()
+            process.abandon(check)
             raise StartupError(f"the check of its models was ended; it has {CHECK_S:.0f} s")
         output.seek(0)
         said = output.read().decode(errors="replace").strip().splitlines()

@@ -59,6 +59,14 @@ def start_below(
     return child
 
 
+def abandon(child: subprocess.Popen[bytes]) -> None:
+    """Kill a child of `start_below`, and leave it to `reap`: on a disk that hangs it may take its
+    time to end."""
+    child.kill()
+    _below.discard(child)
+    child.returncode = -signal.SIGKILL
+
+
 def adopt_orphans() -> None:
     """Have every process below this one whose parent ends become a child of this one."""
     if _libc().prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:

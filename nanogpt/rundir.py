@@ -5,6 +5,7 @@ somebody else owns it or may enter it, so ipc sockets in it need no further prot
 """
 
 import fcntl
+import logging
 import os
 import stat
 import tempfile
@@ -15,8 +16,18 @@ from typing import Literal
 
 from nanogpt.errors import StartupError
 
+log = logging.getLogger(__name__)
+
 MAX_SOCKET_PATH = 107  # bytes: sockaddr_un.sun_path less its final NUL
 _LOOKS, _LOOK_S = 5, 0.01
+
+
+def _mark(path: Path) -> None:
+    """Make an empty file. On a full disk this fails in the log only: open requests go before."""
+    try:
+        path.touch()
+    except OSError as error:
+        log.error("can't make %s: %s", path, error.strerror)
 
 
 class RunDir:
@@ -86,7 +97,7 @@ class RunDir:
             return None
 
     def set_started(self) -> None:
-        self._started.touch()
+        _mark(self._started)
 
     def is_started(self) -> bool:
         return self._started.exists()
@@ -98,16 +109,24 @@ class RunDir:
 
     def keep_config(self, file: Path, node: int, number: int) -> Path:
         """A copy of a node's configuration, the `number`-th, for all who start later: an edit
-        counts from a reload on. Those but the latest two are removed."""
-        copy, old = (self.path / f"config-{node}-{n}.toml" for n in (number, number - 2))
-        copy.write_bytes(file.read_bytes())
-        old.unlink(missing_ok=True)
+        counts from a reload on. Raises StartupError."""
+        copy = self.path / f"config-{node}-{number}.toml"
+        try:
+            if not file.is_file():
+                raise StartupError(f"{file} must be a file that can be read more than once")
+            copy.write_bytes(file.read_bytes())
+        except OSError as error:
+            raise StartupError(f"can't keep a copy of {file}: {error.strerror}") from error
         return copy
+
+    def forget_configs(self, node: int) -> None:
+        for copy in self.path.glob(f"config-{node}-*.toml"):
+            copy.unlink(missing_ok=True)
 
     # The stopping mark: an operator asked for the end, so nobody restarts anything.
 
     def set_stopping(self) -> None:
-        self._stopping.touch()
+        _mark(self._stopping)
 
     def is_stopping(self) -> bool:
         return self._stopping.exists()
@@ -131,13 +150,13 @@ class RunDir:
     def ask_reload(self) -> None:
         self._held.unlink(missing_ok=True)
         self._models["resident"].unlink(missing_ok=True)  # the new configuration says it
-        self._reload.touch()
+        _mark(self._reload)
 
     def is_reload_asked(self) -> bool:
         return self._reload.exists()
 
     def set_held(self) -> None:
-        self._held.touch()
+        _mark(self._held)
 
     def is_held(self) -> bool:
         return self._held.exists()

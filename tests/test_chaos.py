@@ -141,6 +141,10 @@ def test_a_late_refusal_is_excused_by_the_time_in_which_nobody_could_read():
     assert "dropped" in found(late, fault("kill-master", at=2.0, healed=12.0))[0]
     assert "dropped" in found(late, fault("kill-rank", at=2.0, healed=15.0))[0]
     assert "dropped" in found(late, fault("drain", at=0.5, healed=15.0))[0]
+    held = refusal(code="draining", sent=1.0, ended=30.0)
+    drain = fault("drain", at=2.5, healed=40.0, number=1)
+    assert found(held, fault("reload", at=0.5, healed=None), drain) == []
+    assert found(held, fault("kill-rank", at=0.5, healed=None), drain)
 
 
 def test_a_fault_that_was_not_waited_for_excuses_until_the_next_that_was():

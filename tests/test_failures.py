@@ -264,13 +264,14 @@ def test_a_front_end_that_is_stopped_drains_all_the_same():
 
 @pytest.mark.parametrize(
     "stopped",
-    [lambda server: torchrun(server), lambda server: front_end(server)[0]],
+    [lambda server: [torchrun(server)], front_end],
     ids=["torchrun", "the front end"],
 )
 def test_a_killed_launcher_takes_what_is_stopped_with_it(stopped):
     with serving() as server:
         below = server.below()
-        stopped(server).suspend()
+        for process in stopped(server):
+            process.suspend()
         server.process.kill()
         _, alive = psutil.wait_procs(below, timeout=20)
         assert not alive

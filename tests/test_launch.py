@@ -6,10 +6,11 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from nanogpt import network, options, preflight, process
+from nanogpt import launch, network, options, preflight, process
 from nanogpt.config import PROJECT, ServeConfig
 from nanogpt.errors import StartupError
 from nanogpt.ranks import Ranks
@@ -76,7 +77,8 @@ def test_a_check_that_does_not_end_refuses_the_reload(monkeypatch, tmp_path):
     monkeypatch.setattr(preflight, "CHECK_S", 1.0)
     with pytest.raises(StartupError, match="was ended"):
         preflight.plan_reload([], options.parse([]), wait_for)
-    assert process.open_pidfd(int((tmp_path / "pid").read_text())) is None
+    pid = int((tmp_path / "pid").read_text())
+    assert wait_for(10, lambda: process.reap() or (not process.stat(pid) or None))
 
 
 def wait_for(seconds, function):
@@ -239,3 +241,28 @@ def test_available_memory_is_plausible():
         < process.available_memory()
         <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     )
+
+
+def test_a_configuration_is_read_from_a_copy_that_stays(run_dir, tmp_path, monkeypatch):
+    """Also that which a variable names. What runs from an earlier one may start again any time."""
+    file = tmp_path / "config.toml"
+    file.write_text("ranks = 1\n")
+    config = options.parse(["--config", str(file)])
+    launcher = launch.Launcher(config, run_dir, ["--config", str(file)])
+    first, second = (options.parse(launcher._keep_options()) for _ in range(2))
+    assert first == second == config
+    monkeypatch.setenv("NANOGPT_CONFIG", str(file))
+    by_variable = launch.Launcher(config, run_dir, [])._keep_options()
+    file.write_text("what = 1\n")
+    assert options.parse(by_variable) == config
+    assert len(list(run_dir.path.glob("config-0-*.toml"))) == 3
+    run_dir.forget_configs(0)
+    assert not list(run_dir.path.glob("config-0-*.toml"))
+
+
+def test_a_configuration_that_can_be_read_only_once_is_refused(run_dir):
+    read, write = os.pipe()
+    os.close(write)
+    with pytest.raises(StartupError, match="more than once"):
+        run_dir.keep_config(Path(f"/dev/fd/{read}"), 0, 1)
+    os.close(read)

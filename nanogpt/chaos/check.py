@@ -26,10 +26,11 @@ RACE_S = 1.0  # between a client's clock and the moment at which a fault takes e
 CODES_503 = {"overloaded", "draining", "starting"}
 # What it may take to refuse a request, beside the time in which nobody could read it. All the waits
 # of the server that end in 429 or 503 are later ones: http.queue_timeout_s (600 s) and
-# residency.wait_s (120 s) begin when a request is accepted, and the 30 s of Cluster.submit are for
-# reloads, which no fault is. So whoever hears of it later had been accepted, and was dropped. The
-# latest of 28,322 refusals in an overload and of 6,972 during starts came after 0.65 s.
+# residency.wait_s (120 s) begin when a request is accepted; only a reload holds requests before,
+# for 30 s. So whoever hears of it later had been accepted, and was dropped. The latest of 28,322
+# refusals in an overload and of 6,972 during starts came after 0.65 s.
 REFUSED_S = 5.0
+HELD_S = 30.0
 MIN_SAMPLES = 40  # of one process, to say anything about its growth: imports are no growth
 GROWTH_MIB, GROWTH = 32.0, 0.15  # of memory between the second and the last quarter of its life
 GROWTH_FILES = 64
@@ -149,12 +150,22 @@ def _meanwhile(asked: Asked, faults: list[Fault]) -> list[Fault]:
     return [f for f in faults if asked.sent <= _healed(f) and asked.ended >= f.at - RACE_S]
 
 
+def _may_be_held(asked: Asked, faults: list[Fault]) -> bool:
+    """Whether a reload may have held it back, so that nobody had accepted it."""
+    return any(fault.kind == "reload" for fault in _meanwhile(asked, faults))
+
+
 def _patience_s(asked: Asked, faults: list[Fault]) -> float:
     """The longest that this request may wait to be refused."""
-    return REFUSED_S + sum(
-        max(0.0, min(asked.ended, _healed(f)) - max(asked.sent, f.at))
-        for f in _meanwhile(asked, faults)
-        if f.kind in UNREAD
+    held_s = HELD_S if _may_be_held(asked, faults) else 0.0
+    return (
+        REFUSED_S
+        + held_s
+        + sum(
+            max(0.0, min(asked.ended, _healed(f)) - max(asked.sent, f.at))
+            for f in _meanwhile(asked, faults)
+            if f.kind in UNREAD
+        )
     )
 
 
@@ -179,13 +190,15 @@ def _refusal(asked: Asked, faults: list[Fault]) -> str:
     code = _code(asked)
     if asked.status == 503 and code not in CODES_503:
         return f"code {code!r}"
-    if code == "draining" and not _sent_during(asked, faults):
+    is_held = _may_be_held(asked, faults)
+    if code == "draining" and not (is_held or _sent_during(asked, faults)):
         return "it was accepted, and then refused since the server drained"
     if asked.ended - asked.sent > _patience_s(asked, faults):
         return f"it was accepted, and then dropped ({code}) after {asked.ended - asked.sent:.1f} s"
     if faults and (asked.status == 429 or code == "overloaded"):
         return f"there was room for it ({asked.status}, {code})"
-    if code == "starting" and not any(f.kind in ABSENT for f in _meanwhile(asked, faults)):
+    is_absent = any(fault.kind in ABSENT for fault in _meanwhile(asked, faults))
+    if code == "starting" and not (is_absent or is_held):
         return "it was refused, though its front end was there all the time"
     return ""
 

@@ -47,6 +47,8 @@ class Hold:
         asked = self._is_asked()
         if asked and self.is_open:
             self._open.clear()
+            if self._over:
+                self._open.set()  # `end` came between
             self._until, self._told = now + self._patience_s, False
         if asked and not self._told and (is_idle() or now > self._until):
             self._told = True

@@ -118,7 +118,7 @@ FromRankZero = Hello | Alive
 
 
 class Frame(Message, frozen=True):
-    """One broadcast from rank 0: all that was queued, in order.
+    """One broadcast from rank 0: all that was queued, in order, or as much of it as fits.
 
     The epoch of the group changes with a Welcome among the commands.
     """

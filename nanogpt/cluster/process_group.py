@@ -23,8 +23,10 @@ CONNECT_TIMEOUT = timedelta(seconds=10)  # for ranks that are all there to conne
 SOON_S, LATER_S = 0.005, 0.1  # between two looks at who is there, at first and after a while
 WATCH_EVERY_S = 1.0
 # A rank of another machine that has told the store nothing for so long is gone, and so is a rank 0
-# for them. Ranks that have joined are noticed sooner, by the front end.
-GONE_S = 15.0
+# for them. Ranks that have joined are noticed sooner, by the front end; one that loads a model may
+# keep its threads waiting for a while.
+GONE_S = 60.0
+OWN_PAUSE_S = 5.0  # between two calls of the roll: this process itself was stopped
 
 
 class Group(NamedTuple):
@@ -168,9 +170,15 @@ class _Roll:
         others = range(1, ranks.world_size) if ranks.rank == 0 else [0]
         self._others = {rank: f"alive {generation} {rank}" for rank in others}
         self._heard: dict[int, tuple[int, float]] = {}  # a count, and since when
+        self._called: float | None = None
 
     def call(self, store: dist.Store, now: float) -> list[int]:
-        """Tell that this rank is there; the ranks that have not told so for too long."""
+        """Tell that this rank is there; the ranks that have not told so for too long. Call often:
+        time in which it isn't called doesn't count, since others may have waited for this one."""
+        if self._called is not None and now - self._called > OWN_PAUSE_S:
+            pause = now - self._called
+            self._heard = {rank: (n, since + pause) for rank, (n, since) in self._heard.items()}
+        self._called = now
         store.add(self._own, 1)
         for rank, key in self._others.items():
             count = store.add(key, 0)
