@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+from types import FrameType
 
 from nanogpt import log as logging_setup
 from nanogpt import options, process
@@ -112,7 +113,9 @@ class Parent:
         self._departure = Departure(
             lambda: self._life.has_group, self._front_end, config.http.drain_s
         )
-        if OWNER_VARIABLE not in os.environ:  # a bare torchrun: nobody else drains
+        if OWNER_VARIABLE in os.environ:
+            signal.signal(signal.SIGTERM, self._leave)
+        else:  # a bare torchrun: nobody else drains
             signal.signal(signal.SIGTERM, self._departure.ask)
             if self._keeper:
                 run_dir.clear_marks()
@@ -122,9 +125,8 @@ class Parent:
 
     def tick(self) -> bool:
         """Whether it is time to go."""
-        if self._owner is None or process.has_ended(self._owner):
+        if self._take_along():
             log.error("the launcher is gone: leaving too")
-            self._take_along()
             return True
         if self._departure.is_asked:
             return self._departure.is_due()
@@ -132,13 +134,23 @@ class Parent:
             self._keeper.ensure()
         return False
 
-    def _take_along(self) -> None:
-        """End those who may be stopped, and would stay."""
+    def _leave(self, number: int, frame: FrameType | None) -> None:
+        """torchrun says so: at once, whatever runs."""
+        self._take_along()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _take_along(self) -> bool:
+        """Whether the launcher is gone. If so, those are ended who may be stopped, and would stay:
+        torchrun and the front end."""
+        if self._owner is not None and not process.has_ended(self._owner):
+            return False
         if (front_end := self._front_end()) is not None:
             with contextlib.suppress(ProcessLookupError):  # it has left by itself
                 os.killpg(front_end, signal.SIGKILL)
         if self._torchrun is not None:
             process.kill(self._torchrun)
+        return True
 
     def keep_alive(self) -> int:
         try:
@@ -148,8 +160,8 @@ class Parent:
 
     def _work(self) -> int:
         """In the child: it ends with its parent, and by no signal that the parent handles."""
-        if OWNER_VARIABLE not in os.environ:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        ours = OWNER_VARIABLE in os.environ
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if ours else signal.SIG_IGN)
         return serve(self._config, self._ranks, self._run_dir, self._life)
 
 
