@@ -101,6 +101,7 @@ class Launcher:
         """`given`: the operator's options, from which `config` came. Raises StartupError."""
         self._given, self._run_dir = given, run_dir
         self._config, self._configs = config, 0  # how many copies there have been
+        self._copied = ("", "")  # the latest copy, and what the operator calls that file
         argv = self._keep_options()
         self._config = options.parse(argv)
         preflight.check_fixed(self._config, config)
@@ -121,8 +122,9 @@ class Launcher:
         if file is None:
             return [*self._given]
         self._configs += 1
-        copy = self._run_dir.keep_config(Path(file), self._config.node_rank, self._configs)
-        return [*self._given, "--config", str(copy)]
+        copy = str(self._run_dir.keep_config(Path(file), self._config.node_rank, self._configs))
+        self._copied = copy, file
+        return [*self._given, "--config", copy]
 
     def run(self) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -201,7 +203,7 @@ class Launcher:
             config, ranks = preflight.plan_reload(argv, self._config, self._wait_for)
             torchrun = Torchrun(config, ranks, argv)
         except StartupError as error:
-            log.error("not reloaded: %s", error)
+            log.error("not reloaded: %s", str(error).replace(*self._copied))
             return
         log.info("reloading: what runs finishes first, what is new waits")
         self._run_dir.ask_reload()

@@ -95,7 +95,9 @@ def test_a_configuration_that_is_wrong_changes_nothing(reloading, folder, text, 
     refusals = reloading.output.count("not reloaded")
     configure(folder, text)
     reloading.process.send_signal(signal.SIGHUP)
-    assert word in reloading.wait_for("not reloaded", count=refusals + 1)
+    said = reloading.wait_for("not reloaded", count=refusals + 1)
+    assert word in said
+    assert "config-0-" not in said  # the name of a copy says nothing to anybody
     configure(folder)
     assert {p.pid for p in reloading.ranks()} == before
     assert complete(reloading).choices[0].text
