@@ -17,7 +17,7 @@ from nanogpt.network import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 # Each token past the context takes a prompt's time: seconds of generation, on any machine.
-SLIDING = {"max_tokens": 450, "extra_body": {"past_context": "crop"}}
+SLIDING = {"max_tokens": 320, "extra_body": {"past_context": "crop"}}
 READY_S = 120  # a busy machine may take long; a test never waits for this when all is well
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from nanogpt.cluster.hold import Hold
 from tests.server import ROOT, Server, serving
-from tests.test_failures import SECONDS, Victim, torchrun
+from tests.test_failures import ORDINARY, SECONDS, Victim, torchrun, wanted
 
 WEIGHTS = ROOT / "nanogpt" / "weights" / "shakespeare-char"
 MODEL = "mine"
@@ -164,8 +164,8 @@ def test_torchrun_may_die_while_a_reload_waits(reloading, folder):
     """The launcher waited for what runs to finish, and started nobody who could finish it."""
     groups = reloading.output.count("ready: ")
     reloads = reloading.output.count("reloading: ")
-    long = {**SECONDS, "max_tokens": 450, "n": 1, "model": MODEL}
-    Victim(reloading, **long).check()
+    long = {**ORDINARY, **SECONDS, "max_tokens": 330, "n": 1, "model": MODEL}
+    wanted(reloading, **long)
     reloading.process.send_signal(signal.SIGHUP)
     victim = Victim(reloading, **long)  # while the launcher tries the models
     reloading.wait_for("reloading: ", count=reloads + 1)

@@ -210,7 +210,7 @@ def test_nothing_is_lost_or_doubled_when_redis_is_killed(tmp_path):
 KILL_RUNS = {
     "redis": {"jobs": 100, "faults": 12, "pause_s": 0.005},
     "sqs": {"jobs": 30, "faults": 16, "pause_s": 0.2, "kind": "sqs"},
-    "fences": {"jobs": 40, "faults": 3, "kinds": ["stop worker"], "end_s": 5},
+    "fences": {"jobs": 40, "faults": 8, "kinds": ["stop worker"], "end_s": 5},
     "renewal": {"jobs": 40, "faults": 0, "kinds": [], "end_s": 5},
 }
 # What is put into the workers, and the words by which it is found.
