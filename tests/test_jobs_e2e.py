@@ -289,9 +289,9 @@ def test_a_batch_that_is_cancelled_keeps_what_is_done(any_client):
 def test_a_batch_survives_kills_with_one_result_for_each_line(client, tmp_path, kills):
     """All processes are killed in the middle; no line is lost, or there twice."""
     total = 150 * kills
-    lines = [line(i, max_tokens=80) for i in range(total)]
+    lines = [line(i, max_tokens=24) for i in range(total)]
     lines[3]["body"]["max_tokens"] = -1
-    environ = {"NANOGPT_JOBS_PATH": str(tmp_path / "jobs"), "NANOGPT_JOBS_MAX_RUNNING": "16"}
+    environ = {"NANOGPT_JOBS_PATH": str(tmp_path / "jobs"), "NANOGPT_JOBS_MAX_BATCH_CHOICES": "16"}
     batch_id, counts = "", []
     for attempt in range(kills + 1):
         with serving(environ=environ) as server:
@@ -317,7 +317,7 @@ def test_a_batch_survives_kills_with_one_result_for_each_line(client, tmp_path, 
     )
     # Lines without a seed draw one from the batch and their number, so a line that was run again
     # is not told from one that was not: all have their text.
-    assert all(len(found["response"]["body"]["choices"][0]["text"]) == 80 for found in output)
+    assert all(len(found["response"]["body"]["choices"][0]["text"]) == 24 for found in output)
 
 
 def test_foreground_goes_first(server, client):
