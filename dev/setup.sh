@@ -32,7 +32,9 @@ if [ ! -x "$venv/bin/python" ]; then
     "$python" -m venv "$venv" || fail "can't make a virtual environment; on Debian: apt install python3-venv"
 fi
 
-exec 9>"$venv/.lock"
+# Read, not written: what root has set up, an ordinary user may start.
+[ -e "$venv/.lock" ] || touch "$venv/.lock"
+exec 9<"$venv/.lock"
 flock 9
 stamp=$(cat setup.cfg constraints.txt pyproject.toml | sha256sum | cut -c1-16)
 all="$venv/.installed-test-$stamp"

@@ -1,6 +1,8 @@
 """The whole product: the real launch.sh, two ranks, the bundled model, the official client."""
 
 import concurrent.futures
+import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -202,6 +204,28 @@ def test_ctrl_c_leaves_nothing_behind():
         assert not alive
         assert "Traceback" not in server.output
         assert "rror" not in server.output
+
+
+NOBODY = 65534
+# Whoever reads everything does not depend on where the tree, and Python, are.
+AS_NOBODY = (
+    *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
+    *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
+)
+
+
+def test_an_ordinary_user_starts_what_root_has_set_up(tmp_path):
+    """Without the right to write anything into the tree."""
+    may = os.getuid() == 0 and shutil.which("setpriv")
+    if not may or subprocess.run([*AS_NOBODY, "true"]).returncode:
+        pytest.skip("there is no way to become an ordinary user")
+    os.chown(tmp_path, NOBODY, NOBODY)
+    environ = {"NANOGPT_JOBS_PATH": str(tmp_path / "jobs"), "HOME": str(tmp_path)}
+    with serving("--ranks", "2", environ=environ, within=AS_NOBODY) as server:
+        assert complete(server.client(), n=2).choices[1].text
+        assert complete(server.client(), extra_body={"background": True}).id
+        assert {process.uids().real for process in server.below()} == {NOBODY}
+        assert server.stop() == 0
 
 
 def test_killed_launcher_takes_everything_with_it():
