@@ -185,9 +185,9 @@ def terminate(leader: int, timeout_s: float, meanwhile: Callable[[], None] = lam
     try:
         with contextlib.suppress(ProcessLookupError):
             os.kill(leader, signal.SIGTERM)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(leader, signal.SIGCONT)  # after it: else it would take new work first
         while not (ended := all(map(has_ended, group))) and time.monotonic() < deadline:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(leader, signal.SIGCONT)  # after it: else it would take new work first
             meanwhile()
             time.sleep(POLL_S)
         if not ended:

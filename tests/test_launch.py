@@ -188,6 +188,23 @@ def test_terminate_kills_what_ignores_sigterm():
     child.stdout.close()
 
 
+def test_terminate_wakes_who_is_stopped_meanwhile():
+    code = (
+        "import os, signal, sys\n"
+        "def end(*_):\n"
+        "    os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "    sys.exit(0)\n"
+        f"signal.signal(signal.SIGTERM, end); print(1, flush=True); {SLEEP}"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True
+    )
+    child.stdout.readline()
+    process.terminate(child.pid, 30.0)
+    assert child.wait(5) == 0
+    child.stdout.close()
+
+
 def test_terminate_waits_for_those_who_outlive_the_leader_of_their_group(tmp_path):
     done = tmp_path / "done"
     code = (
