@@ -27,7 +27,6 @@ from nanogpt.rundir import RunDir
 
 log = logging.getLogger("launch")
 
-POLL_S = 0.05
 DRAIN_MARGIN_S = 5.0  # beyond drain_s, for the front end to notice and leave
 STOP_S = 5.0  # for torchrun to end its ranks; then they are killed
 MAX_PAUSE_S = 30.0
@@ -142,7 +141,7 @@ class Launcher:
                 if self._reload_asked and self._may_reload():
                     self._reload()
                 self._tend()
-                time.sleep(POLL_S)
+                time.sleep(process.POLL_S)
             return 0
         finally:
             self._end()
@@ -242,7 +241,7 @@ class Launcher:
         end = time.monotonic() + seconds
         while (found := function()) is None and not self._stop_asked and time.monotonic() < end:
             self._tend()
-            time.sleep(POLL_S)
+            time.sleep(process.POLL_S)
         return found
 
     def _end(self) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-POLL_S = 0.05
+POLL_S = 0.05  # between two looks at processes
 _below: weakref.WeakSet[subprocess.Popen[bytes]] = weakref.WeakSet()  # of `start_below`
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 

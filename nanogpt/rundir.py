@@ -107,9 +107,10 @@ class RunDir:
         self._started.unlink(missing_ok=True)
         self._fatal.unlink(missing_ok=True)
 
+    # The configuration: an edit counts from a reload on, so all start with a copy.
+
     def keep_config(self, file: Path, node: int, number: int) -> Path:
-        """A copy of a node's configuration, the `number`-th, for all who start later: an edit
-        counts from a reload on. Raises StartupError."""
+        """The `number`-th copy of a node's configuration. Raises StartupError."""
         copy = self.path / f"config-{node}-{number}.toml"
         try:
             if not file.is_file():

@@ -138,21 +138,24 @@ def test_an_oom_kill_of_long_ago_is_not_what_a_rank_died_of(monkeypatch):
     assert kills.have_risen()
 
 
-def test_a_machine_that_was_frozen_is_no_hang(tmp_path):
-    """Parent and child wake at once: it was taken for stuck, and a lone request for guilty."""
+def start_parent(child: str, patience_s: float) -> tuple[subprocess.Popen, int]:
+    """A rank's parent, and the pid of its child, which runs this code for ever."""
     code = (
-        "import os, signal, sys, time\n"
-        "from nanogpt.cluster import respawn\n"
+        "import os, time; from nanogpt.cluster import respawn\n"
         "life = respawn.Life()\n"
         "def work():\n"
         "    print(os.getpid(), flush=True)\n"
-        "    while True:\n"
-        "        life.turn()\n"
-        "        time.sleep(0.1)\n"
-        "respawn.keep_alive(life, respawn.Patience(1.0, 1.0), work, lambda: False)"
+        f"    while True: {child}\n"
+        f"patience = respawn.Patience({patience_s}, {patience_s})\n"
+        "respawn.keep_alive(life, patience, work, lambda: False)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
-    child = int(parent.stdout.readline())
+    return parent, int(parent.stdout.readline())
+
+
+def test_a_machine_that_was_frozen_is_no_hang():
+    """Parent and child wake at once: it was taken for stuck, and a lone request for guilty."""
+    parent, child = start_parent("life.turn(); time.sleep(0.1)", 1.0)
     os.kill(parent.pid, signal.SIGSTOP)
     os.kill(child, signal.SIGSTOP)
     time.sleep(3.0)
@@ -165,17 +168,8 @@ def test_a_machine_that_was_frozen_is_no_hang(tmp_path):
     parent.communicate()
 
 
-def test_child_dies_with_its_parent(tmp_path):
-    code = (
-        "import os, time; from nanogpt.cluster import respawn\n"
-        "def work():\n"
-        "    print(os.getpid(), flush=True)\n"
-        "    time.sleep(60)\n"
-        "patience = respawn.Patience(60, 60)\n"
-        "respawn.keep_alive(respawn.Life(), patience, work, lambda: False)"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
-    pid = int(parent.stdout.readline())
+def test_child_dies_with_its_parent():
+    parent, pid = start_parent("time.sleep(60)", 60)
     parent.kill()
     parent.wait()
     parent.stdout.close()

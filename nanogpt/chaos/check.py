@@ -150,23 +150,14 @@ def _meanwhile(asked: Asked, faults: list[Fault]) -> list[Fault]:
     return [f for f in faults if asked.sent <= _healed(f) and asked.ended >= f.at - RACE_S]
 
 
-def _may_be_held(asked: Asked, faults: list[Fault]) -> bool:
-    """Whether a reload may have held it back, so that nobody had accepted it."""
-    return any(fault.kind == "reload" for fault in _meanwhile(asked, faults))
-
-
-def _patience_s(asked: Asked, faults: list[Fault]) -> float:
+def _patience_s(asked: Asked, meanwhile: list[Fault], *, is_held: bool) -> float:
     """The longest that this request may wait to be refused."""
-    held_s = HELD_S if _may_be_held(asked, faults) else 0.0
-    return (
-        REFUSED_S
-        + held_s
-        + sum(
-            max(0.0, min(asked.ended, _healed(f)) - max(asked.sent, f.at))
-            for f in _meanwhile(asked, faults)
-            if f.kind in UNREAD
-        )
+    unread_s = sum(
+        max(0.0, min(asked.ended, _healed(f)) - max(asked.sent, f.at))
+        for f in meanwhile
+        if f.kind in UNREAD
     )
+    return REFUSED_S + unread_s + (HELD_S if is_held else 0.0)
 
 
 def settled(faults: Iterable[Fault]) -> list[Fault]:
@@ -190,14 +181,16 @@ def _refusal(asked: Asked, faults: list[Fault]) -> str:
     code = _code(asked)
     if asked.status == 503 and code not in CODES_503:
         return f"code {code!r}"
-    is_held = _may_be_held(asked, faults)
+    meanwhile = _meanwhile(asked, faults)
+    # By a reload, perhaps, and then nobody had accepted it.
+    is_held = any(fault.kind == "reload" for fault in meanwhile)
     if code == "draining" and not (is_held or _sent_during(asked, faults)):
         return "it was accepted, and then refused since the server drained"
-    if asked.ended - asked.sent > _patience_s(asked, faults):
+    if asked.ended - asked.sent > _patience_s(asked, meanwhile, is_held=is_held):
         return f"it was accepted, and then dropped ({code}) after {asked.ended - asked.sent:.1f} s"
     if faults and (asked.status == 429 or code == "overloaded"):
         return f"there was room for it ({asked.status}, {code})"
-    is_absent = any(fault.kind in ABSENT for fault in _meanwhile(asked, faults))
+    is_absent = any(fault.kind in ABSENT for fault in meanwhile)
     if code == "starting" and not (is_absent or is_held):
         return "it was refused, though its front end was there all the time"
     return ""

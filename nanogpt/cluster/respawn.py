@@ -182,10 +182,8 @@ def _run(
                 return None
             now = time.monotonic()
             oom_kills.look(now)
-            if now - ticked_at > OWN_PAUSE_S:
-                running_at = awake_at = (
-                    now  # the child may have been frozen as well, and has a new chance
-                )
+            if now - ticked_at > OWN_PAUSE_S:  # the child may have been frozen as well
+                running_at = awake_at = now
             ticked_at = now
             if killed:  # it ends once the kernel lets it
                 continue
